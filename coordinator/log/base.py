@@ -1,0 +1,229 @@
+"""PORT: the decision log, a write-once register for each transaction.
+
+One primitive carries the safety of everything: *record unless a record stands; return the one that
+stands*. First writer wins, everybody obeys. `propose` is one atomic step of the log: the horizon,
+the claims and the register are compared and written together.
+
+What every implementation promises, and `tests/conformance` checks:
+
+* An answer is durable: it survives `kill -9` of everything and a power cut.
+* An exception (`LogUnavailable`) is indefinite: the proposal may stand. Propose again and compare.
+* Absent is not permission: `read` returning no record never means abort.
+* `read` and `read_claim` are linearizable: they see every answer given before they were called.
+
+`DecisionLog` is what a transaction needs; `Housekeeping` what the sweep needs to forget safely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import msgspec
+
+from coordinator.model import (
+    BranchId,
+    Claim,
+    Decision,
+    EndingKind,
+    LogId,
+    TransactionId,
+    Verdict,
+)
+
+
+class Proposal(msgspec.Struct, frozen=True):
+    """A decision to record. `claims` and `attachment` are written only with a commit."""
+
+    transaction: TransactionId
+    decision: Decision
+    claims: tuple[Claim, ...] = ()
+    attachment: bytes = b""
+
+
+class Record(msgspec.Struct, frozen=True):
+    """What stands under an id.
+
+    `ended` are the named branches whose ending was marked, `answer` a last resource's answer.
+    """
+
+    transaction: TransactionId
+    decision: Decision
+    attachment: bytes = b""
+    answer: Verdict | None = None
+    ended: frozenset[BranchId] = frozenset()
+
+    @property
+    def finished(self) -> bool:
+        """Nothing is left to do for any named branch."""
+        if self.decision.verdict is Verdict.DELEGATED and self.answer is None:
+            return False
+        if self.decision.verdict is Verdict.ABORT or self.answer is Verdict.ABORT:
+            return True
+        return all(branch.id in self.ended for branch in self.decision.branches)
+
+
+class Stands(msgspec.Struct, frozen=True):
+    """`record` stands, whoever wrote it; `ours` tells that this proposal wrote it."""
+
+    record: Record
+    ours: bool
+
+
+class BelowHorizon(msgspec.Struct, frozen=True):
+    """Nothing stands and nothing can be recorded under this id any more."""
+
+    horizon: TransactionId
+
+
+class ClaimHeld(msgspec.Struct, frozen=True):
+    """Nothing was recorded: another transaction holds the claim."""
+
+    claim: Claim
+    holder: TransactionId
+
+
+Answer = Stands | BelowHorizon | ClaimHeld
+
+
+class Reading(msgspec.Struct, frozen=True):
+    """The record under an id, if any, and the horizon at the same moment."""
+
+    record: Record | None
+    horizon: TransactionId
+
+
+class Unreadable(msgspec.Struct, frozen=True):
+    """A record that cannot be decoded. It parks its own transaction and stops no other."""
+
+    transaction: TransactionId
+    why: str
+
+
+class Page(msgspec.Struct, frozen=True):
+    """Part of a scan in the order of ids; `after` continues it and is None at the end."""
+
+    records: tuple[Record | Unreadable, ...]
+    after: TransactionId | None
+
+
+class LogIdentity(msgspec.Struct, frozen=True):
+    """Drawn at the log's first opening and kept for ever, also by its backups."""
+
+    id: LogId
+    created_ms: int
+
+
+class Mark(msgspec.Struct, frozen=True):
+    """A named branch of a commit has acknowledged its ending."""
+
+    transaction: TransactionId
+    branch: BranchId
+
+
+class Incident(msgspec.Struct, frozen=True):
+    """A branch that needs a person: it is quarantined, or ended against the decision.
+
+    `kind` None is quarantine: prepared below the horizon without a record. `gid` is the text of the
+    branch's xid, `noticed_ms` the first sight by the clock of who noticed.
+    """
+
+    gid: str
+    participant: str
+    kind: EndingKind | None
+    evidence: str
+    noticed_ms: int
+
+
+class Resource(msgspec.Struct, frozen=True):
+    """A participant known to the log: the horizon waits for what its sweep has seen.
+
+    Its last completed sweep, at `swept_ms`, saw no branch of ours older than `clear` but named
+    branches of unfinished commits.
+    """
+
+    name: str
+    identity: str
+    clear: TransactionId
+    swept_ms: int
+
+
+class DecisionLog(Protocol):
+    """The register. Every method raises `LogUnavailable` when the log does not answer."""
+
+    async def open(self) -> LogIdentity:
+        """Open or create. Raises `ConfigurationError` naming what is wrong and the fix."""
+
+    async def close(self) -> None:
+        """Finish what was accepted, then release everything. Closing twice is harmless."""
+
+    async def propose(self, proposal: Proposal) -> Answer:
+        """Record unless a record stands; the answer is durable when it is returned.
+
+        A standing record is returned even below the horizon and whoever holds the claims. Only then
+        come the horizon's refusal and the claims'.
+        """
+
+    async def record_answer(self, transaction: TransactionId, answer: Verdict) -> Verdict:
+        """Write a last resource's answer beside its delegated decision; the first one stands.
+
+        Returns what stands. Raises `ProtocolError` if no delegated decision stands.
+        """
+
+    async def read(self, transaction: TransactionId) -> Reading:
+        """What stands under an id; above the horizon absence means that nothing is recorded yet."""
+
+    async def read_claim(self, claim: Claim) -> TransactionId | None:
+        """The transaction whose recorded commit holds the claim."""
+
+
+class Housekeeping(Protocol):
+    """Marks, retention and the horizon. None of it decides anything.
+
+    The rules that make forgetting safe are enforced in here, each in one log transaction: the
+    horizon only rises; a record is deleted only when it is finished and below the horizon; claims
+    have a retention of their own.
+    """
+
+    async def scan(
+        self, after: TransactionId | None, limit: int, *, unfinished_only: bool = True
+    ) -> Page:
+        """The next `limit` records after an id, in the order of ids."""
+
+    async def finish(self, marks: Sequence[Mark]) -> None:
+        """Mark branches as ended. Lazy: losing a mark costs a repeated commit, nothing else."""
+
+    async def raise_horizon(self, to: TransactionId) -> TransactionId:
+        """Raise the horizon unless it is higher already; durable when it returns what stands."""
+
+    async def forget(self, limit: int, *, claims_before_ms: int) -> int:
+        """Delete up to `limit` finished records below the horizon; returns how many.
+
+        Claims go when they were taken before `claims_before_ms` and below the horizon.
+        """
+
+    async def register(self, name: str, identity: str) -> Resource:
+        """Make the horizon wait for a resource; keeps what is known of it.
+
+        Raises `ConfigurationError` if the name stands for another identity and an unfinished commit
+        still names it; otherwise the name is given to the new identity.
+        """
+
+    async def swept(self, name: str, clear: TransactionId, swept_ms: int) -> None:
+        """Publish what a completed sweep of a resource saw. `clear` only rises."""
+
+    async def resources(self) -> Sequence[Resource]:
+        """All registered resources."""
+
+    async def report(self, incident: Incident) -> None:
+        """Keep an incident; the first report of a gid stands."""
+
+    async def incidents(self) -> Sequence[Incident]:
+        """All incidents that nobody has acknowledged, oldest first."""
+
+    async def acknowledge(self, gid: str) -> bool:
+        """A person has dealt with it: drop the incident and mark its branch ended, if named."""
+
+
+class Log(DecisionLog, Housekeeping, Protocol):
+    """A whole decision log."""

@@ -1,0 +1,89 @@
+"""PORT: what a resource does to take part in a transaction.
+
+`Participant` is the whole of what recovery needs; what the normal path needs besides stands in the
+small protocols `OnePhase` and `LastResource`. Nobody has to inherit from them. Implementations run
+`participants.conformance` against themselves.
+
+Who calls what: the engine calls `prepare` at most once for a branch, then `commit` or `rollback`,
+which both may be repeated, by several processes at once, and long after the branch has ended.
+Cancelling `prepare` leaves the branch in doubt; `rollback` follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Protocol, runtime_checkable
+
+import msgspec
+
+from coordinator.model import Branch, Ending, LogId, MemberId, Verdict, Vote, Xid
+
+
+class Binding(msgspec.Struct, frozen=True):
+    """Whom a participant works for while a coordinator is open."""
+
+    log: LogId
+    member: MemberId
+    cluster: str
+
+
+class Participant(Protocol):
+    """A resource manager: a database, a topic, a service."""
+
+    @property
+    def name(self) -> str:
+        """Names it in records, for people and for other processes; the same in all of them."""
+
+    async def open(self, binding: Binding) -> str:
+        """Connect, check every setting that the protocol rests on, and return the identity.
+
+        The identity tells two names of one resource apart from two resources: it is the same from
+        whichever process it is asked. Raises `ConfigurationError` with the fix. After `close` a
+        participant may be opened again, on another event loop and for another coordinator.
+        """
+
+    async def close(self) -> None:
+        """Release everything. Prepared branches stay prepared."""
+
+    async def prepare(self, xid: Xid) -> Vote:
+        """Make the branch durable and promise to commit it, or say that nothing was written.
+
+        The vote PREPARED is given only after the resource's own durable answer. A definite no is
+        the vote ABORTED. An exception means that nobody knows; the engine takes it for ABORTED.
+        """
+
+    async def commit(self, branch: Branch) -> Ending:
+        """End the branch by commit: prepared, or read-only and still open in this process.
+
+        Returns once it is durable. Repeatable by anyone. A branch that is gone is `FINISHED` only
+        if the resource says that it committed; otherwise the ending is heuristic, with evidence.
+        Any other failure raises, and is retried.
+        """
+
+    async def rollback(self, branch: Branch) -> Ending:
+        """End the branch by rollback, whatever its state; an unknown branch is `FINISHED`."""
+
+    async def recover(self) -> Collection[Branch]:
+        """The branches that are prepared here and carry our log's id. Never anybody else's."""
+
+
+@runtime_checkable
+class OnePhase(Protocol):
+    """A participant whose own commit can be the decision, since it can say later how it ended."""
+
+    async def commit_one_phase(self, branch: Branch) -> tuple[Verdict, str, bool]:
+        """Commit without preparing: (COMMIT or ABORT, reason, retryable).
+
+        A lost reply is resolved here, by asking the resource until it answers.
+        """
+
+
+@runtime_checkable
+class LastResource(Protocol):
+    """A participant that cannot prepare; a delegated decision makes its own commit the decision."""
+
+    async def ask(self, branch: Branch, *, commit: bool) -> Verdict:
+        """End the branch if it is still open, by commit or abort as asked; answer how it ended.
+
+        Repeatable by anyone; once it has answered, every later answer is the same.
+        """
