@@ -1,7 +1,7 @@
 """Names and values of atomic commitment.
 
 Everything here is an immutable value; nothing reads a clock, draws a random number or does I/O. The
-words are those of X/Open DTP and XA; `docs/design.md` section 9 lists them.
+words are those of X/Open DTP and XA; `docs/glossary.md` lists them.
 """
 
 from __future__ import annotations

@@ -12,10 +12,12 @@ The caller's loop, which the engine, the simulator and the search all follow:
         ...                     # perform it; its answer is the next event
 
 The write-ahead rule can be read off the types: `Decide` is an action and `Decided` an event, so no
-`Commit` can leave before the log has answered. The same holds for a last resource: `AskLastResource`
-leaves only after `Decided(delegated)`, its `Answered` yields only `RecordAnswer`, and other branches
-are touched after `Resolved`. After Gray & Lamport, "Consensus on Transaction Commit": [TMCommit] is
-`Decided(commit)`, [RMPrepare] `Voted(PREPARED)`, [RMChooseToAbort] `Voted(ABORTED)`.
+`Commit` can leave before the log has answered. So it is with a last resource: `AskLastResource`
+leaves only after `Decided(delegated)`, its `Answered` yields only `RecordAnswer`, and the other
+branches are touched after `Resolved`.
+
+In the words of Gray & Lamport, "Consensus on Transaction Commit": [TMCommit] is `Decided(commit)`,
+[RMPrepare] `Voted(PREPARED)`, [RMChooseToAbort] `Voted(ABORTED)`.
 """
 
 from __future__ import annotations
@@ -23,12 +25,33 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from enum import StrEnum
 
-import msgspec
-
 from coordinator.errors import ProtocolError
+from coordinator.events import (
+    AbortRequested,
+    Action,
+    Answered,
+    AskLastResource,
+    ClaimStands,
+    Commit,
+    CommitOnePhase,
+    CommitRequested,
+    Decide,
+    Decided,
+    Enlisted,
+    Event,
+    Finished,
+    Forget,
+    Prepare,
+    Published,
+    RecordAnswer,
+    Refused,
+    Report,
+    Resolved,
+    Rollback,
+    Voted,
+)
 from coordinator.model import (
     ABORT,
-    FINISHED,
     Branch,
     BranchId,
     Claim,
@@ -40,175 +63,6 @@ from coordinator.model import (
     Verdict,
     Vote,
     VoteKind,
-)
-
-# Events: what happened.
-
-
-class Enlisted(msgspec.Struct, frozen=True):
-    """A branch joined. `vote` is set when it voted unasked (a called service prepares by itself).
-
-    `one_phase`: the participant can commit it without preparing and later say whether it did.
-    `last_resource`: it cannot prepare; its own commit is the decision. At most one.
-    """
-
-    branch: Branch
-    vote: Vote | None = None
-    one_phase: bool = False
-    last_resource: bool = False
-
-
-class Published(msgspec.Struct, frozen=True):
-    """The id is about to leave this process: from here on every commit is recorded."""
-
-
-class CommitRequested(msgspec.Struct, frozen=True):
-    """The work is done and enlistment is closed. `attachment` is recorded with a commit."""
-
-    attachment: bytes = b""
-
-
-class AbortRequested(msgspec.Struct, frozen=True):
-    """Somebody wants an end: the user's exception, the deadline, a person, recovery."""
-
-    reason: str = ""
-    retryable: bool = False
-
-
-class Voted(msgspec.Struct, frozen=True):
-    """A branch answered `Prepare`. An exception of the participant is the vote ABORTED."""
-
-    branch: BranchId
-    vote: Vote
-
-
-class Decided(msgspec.Struct, frozen=True):
-    """The log answered: `decision` stands, whoever proposed it.
-
-    `ended` are the named branches already known to have ended; `answer` is a last resource's
-    answer that stands beside a delegated decision.
-    """
-
-    decision: Decision
-    ended: frozenset[BranchId] = frozenset()
-    answer: Verdict | None = None
-
-
-class Refused(msgspec.Struct, frozen=True):
-    """The log holds nothing under this id and takes no proposal: it is below the horizon."""
-
-
-class ClaimStands(msgspec.Struct, frozen=True):
-    """The log refused a commit because another transaction holds one of its claims."""
-
-    claim: Claim
-    holder: TransactionId
-
-
-class Answered(msgspec.Struct, frozen=True):
-    """The resource whose own commit is the decision said which: COMMIT or ABORT."""
-
-    verdict: Verdict
-    reason: str = ""
-    retryable: bool = False
-
-
-class Resolved(msgspec.Struct, frozen=True):
-    """The last resource's answer stands in the log beside the delegated decision."""
-
-    verdict: Verdict
-
-
-class Finished(msgspec.Struct, frozen=True):
-    """A branch ended. A heuristic ending is reported and never counts as acknowledged."""
-
-    branch: BranchId
-    ending: Ending = FINISHED
-
-
-Event = (
-    Enlisted
-    | Published
-    | CommitRequested
-    | AbortRequested
-    | Voted
-    | Decided
-    | Refused
-    | ClaimStands
-    | Answered
-    | Resolved
-    | Finished
-)
-
-# Actions: what to do next.
-
-
-class Prepare(msgspec.Struct, frozen=True):
-    branch: Branch
-
-
-class Decide(msgspec.Struct, frozen=True):
-    """Propose to the log, until it answers. It binds once the log holds it, and not before."""
-
-    decision: Decision
-    claims: tuple[Claim, ...] = ()
-    attachment: bytes = b""
-
-
-class CommitOnePhase(msgspec.Struct, frozen=True):
-    """Let the branch's own commit be the decision; answer `Answered`, never a guess."""
-
-    branch: Branch
-
-
-class AskLastResource(msgspec.Struct, frozen=True):
-    """Make the last resource end, and answer how it ended.
-
-    `commit` is set only for who proposed the delegation: it asks for commit, all others for abort;
-    whoever comes first decides and everybody learns the same answer.
-    """
-
-    branch: Branch
-    commit: bool
-
-
-class RecordAnswer(msgspec.Struct, frozen=True):
-    """Write the last resource's answer beside the decision, before another branch is touched."""
-
-    verdict: Verdict
-
-
-class Commit(msgspec.Struct, frozen=True):
-    branch: Branch
-
-
-class Rollback(msgspec.Struct, frozen=True):
-    branch: Branch
-
-
-class Forget(msgspec.Struct, frozen=True):
-    """The named branch has acknowledged: mark it in the log, lazily. Not on the critical path."""
-
-    branch: BranchId
-
-
-class Report(msgspec.Struct, frozen=True):
-    """The branch ended against the decision, or may have: show it to a person, with evidence."""
-
-    branch: Branch
-    ending: Ending
-
-
-Action = (
-    Prepare
-    | Decide
-    | CommitOnePhase
-    | AskLastResource
-    | RecordAnswer
-    | Commit
-    | Rollback
-    | Forget
-    | Report
 )
 
 
@@ -231,10 +85,11 @@ class Transaction:
     """One global transaction as one coordinator sees it.
 
     `claims` are taken with a commit; with claims an abort is recorded too, since the next attempt
-    under the same key waits for it. `handed` says that somebody else was handed the votes.
+    under the same key waits for that record. `handed` says that somebody else was handed the votes.
     """
 
     __slots__ = (
+        "_abort_proposed",
         "_attachment",
         "_claims",
         "_commit_proposed",
@@ -243,6 +98,7 @@ class Transaction:
         "_handed",
         "_heuristic",
         "_named",
+        "_out",
         "_own",
         "_private",
         "_unended",
@@ -273,20 +129,23 @@ class Transaction:
         self._own = True
         self._attachment = b""
         self._commit_proposed = False
+        self._abort_proposed = False
         self._decision: Decision | None = None
         self._enlisted: dict[BranchId, Enlisted] = {}
         self._votes: dict[BranchId, Vote] = {}
         self._named: frozenset[BranchId] = frozenset()
         self._unended: dict[BranchId, Branch] = {}
+        self._out: dict[BranchId, int] = {}
         self._heuristic: dict[BranchId, tuple[Branch, Ending]] = {}
 
     @classmethod
     def in_doubt(cls, transaction: TransactionId, branches: Iterable[Branch]) -> Transaction:
         """A transaction found by recovery, with the branches that were seen prepared."""
         found = cls(transaction, private=False)
+        for branch in branches:
+            found._enlist(Enlisted(branch))
         found.phase = Phase.IN_DOUBT
         found._own = False
-        found._enlisted = {branch.id: Enlisted(branch) for branch in branches}
         return found
 
     def step(self, event: Event) -> list[Action]:
@@ -329,10 +188,16 @@ class Transaction:
             f"{len(self._votes)}/{len(self._enlisted)} voted, {len(self._unended)} to end>"
         )
 
-    # Rules. Each is named for the event it answers, and for the phase where that matters.
+    # Rules while the work goes on and the votes come in.
 
     def _enlist(self, event: Enlisted) -> list[Action]:
-        if event.branch.id in self._enlisted or (event.last_resource and self.has_last_resource):
+        remote = event.vote is not None
+        if (
+            event.branch.xid.transaction != self.id
+            or event.branch.id in self._enlisted
+            or (event.last_resource and (event.one_phase or self.has_last_resource))
+            or (remote and (event.one_phase or event.last_resource))
+        ):
             raise self._refuse(event)
         self._enlisted[event.branch.id] = event
         if event.vote is not None:
@@ -346,6 +211,8 @@ class Transaction:
 
     def _commit_requested(self, event: CommitRequested) -> list[Action]:
         self._attachment = event.attachment
+        if event.attachment:
+            self._private = False
         voted_no = next((v for v in self._votes.values() if v.kind is VoteKind.ABORTED), None)
         if voted_no is not None:
             return self._abort(voted_no.reason, voted_no.retryable)
@@ -359,14 +226,21 @@ class Transaction:
         return self._all_voted()
 
     def _voted(self, event: Voted) -> list[Action]:
-        if event.branch not in self._enlisted or event.branch in self._votes:
-            raise self._refuse(event)
-        self._votes[event.branch] = event.vote
+        if not self._take_vote(event):
+            return []
         if event.vote.kind is VoteKind.ABORTED:
             return self._abort(event.vote.reason, event.vote.retryable)
         if len(self._votes) < len(self._enlisted):
             return []
         return self._all_voted()
+
+    def _take_vote(self, event: Voted) -> bool:
+        """Keep a branch's first vote; False for the same one again, refused for another one."""
+        known = self._votes.get(event.branch)
+        if event.branch not in self._enlisted or known not in (None, event.vote):
+            raise self._refuse(event)
+        self._votes[event.branch] = event.vote
+        return known is None
 
     def _all_voted(self) -> list[Action]:
         prepared = [b for b, vote in self._votes.items() if vote.kind is VoteKind.PREPARED]
@@ -383,50 +257,79 @@ class Transaction:
             decision = Decision(Verdict.DELEGATED, named, self._branch(last))
         return [Decide(decision, self._claims, self._attachment)]
 
+    # Rules for an abort.
+
     def _abort_requested(self, event: AbortRequested) -> list[Action]:
         return self._abort(event.reason, event.retryable)
 
     def _abort(self, reason: str, retryable: bool) -> list[Action]:
-        """Abort before any commit was proposed: it needs a record only if somebody waits for it."""
-        self.reason, self.retryable = reason, retryable
-        if self._claims or self._handed:
-            self.phase = Phase.ABORT_PROPOSED
-            return [Decide(ABORT)]
-        return self._roll_back()
+        """Abort before any commit was proposed: nobody can commit unless the votes were handed on.
+
+        So it needs no record for its own sake. With claims it gets one all the same, beside the
+        rollbacks, because the next attempt under the key waits for it.
+        """
+        self._give_reason(reason, retryable)
+        if self._handed:
+            return self._propose_abort()
+        record: list[Action] = [Decide(ABORT)] if self._claims else []
+        return record + self._roll_back()
 
     def _abort_while_commit_is_proposed(self, event: AbortRequested) -> list[Action]:
         # The commit may stand already: only the log can say, so nothing may be rolled back yet.
-        self.reason, self.retryable = event.reason, event.retryable
+        self._give_reason(event.reason, event.retryable)
+        if self._abort_proposed:
+            return []
+        self._abort_proposed = True
         return [Decide(ABORT)]
 
     def _abort_in_doubt(self, event: AbortRequested) -> list[Action]:
+        self._give_reason(event.reason, event.retryable)
+        return self._propose_abort()
+
+    def _propose_abort(self) -> list[Action]:
         self.phase = Phase.ABORT_PROPOSED
-        self.reason = event.reason
+        self._abort_proposed = True
         return [Decide(ABORT)]
 
     def _remember_vote(self, event: Voted) -> list[Action]:
-        self._votes.setdefault(event.branch, event.vote)
+        self._take_vote(event)
         return []
+
+    # Rules for the log's answers.
 
     def _decided(self, event: Decided) -> list[Action]:
         delegated = event.decision.verdict is Verdict.DELEGATED
-        if delegated != (event.decision.last_resource is not None):
+        if (
+            delegated != (event.decision.last_resource is not None)
+            or event.answer is Verdict.DELEGATED
+        ):
             raise self._refuse(event)
-        self._decision = event.decision
         if event.decision.verdict is Verdict.ABORT:
+            self._decision = event.decision
+            self._give_reason("somebody else, or recovery, recorded an abort first", True)
             return self._roll_back()
         if event.decision.verdict is Verdict.COMMIT or event.answer is Verdict.COMMIT:
             return self._commit(event.decision, event.ended)
+        self._decision = event.decision
         if event.answer is Verdict.ABORT or event.decision.last_resource is None:
             return self._roll_back()
         self.phase = Phase.DELEGATED
         return [AskLastResource(event.decision.last_resource, commit=self._commit_proposed)]
 
     def _decided_again(self, event: Decided) -> list[Action]:
-        """The answer to a second proposal: the register is write-once, so it must be the same."""
-        if self._decision is not None and event.decision != self._decision:
+        """The answer to a second proposal: the register is write-once, so it must agree."""
+        if self._decision is None:
+            verdict = event.answer or event.decision.verdict
+            agrees = (verdict is Verdict.COMMIT) == (self.outcome is Outcome.COMMITTED)
+        else:
+            agrees = event.decision == self._decision
+        if not agrees:
             raise self._refuse(event)
         return []
+
+    def _decided_while_delegated(self, event: Decided) -> list[Action]:
+        self._decided_again(event)
+        return [] if event.answer is None else self._decided(event)
 
     def _refused(self, event: Refused) -> list[Action]:
         # Refused is not abort. Only who prepared the branches itself, never proposed commit and
@@ -435,58 +338,82 @@ class Transaction:
             return self._roll_back()
         self.phase = Phase.UNKNOWN
         self.outcome = Outcome.UNKNOWN
-        self.reason = self.reason or "the log has forgotten transactions of that age"
-        return []
+        self._give_reason("the log has forgotten transactions of that age", False)
+        # Whatever may be prepared is left alone; a session that only read ends for its own sake.
+        return [
+            Rollback(self._branch(branch))
+            for branch, vote in self._votes.items()
+            if vote.kind is VoteKind.READ_ONLY
+        ]
 
     def _claim_stands(self, event: ClaimStands) -> list[Action]:
-        # This commit was not recorded, yet an abort proposed meanwhile or by others may be.
-        self.phase = Phase.ABORT_PROPOSED
-        self.reason = f"{event.claim.space} {event.claim.key!r} is held by {event.holder}"
-        return [Decide(ABORT)]
+        """Our commit was not recorded; whether an abort is, the log will say."""
+        if event.claim not in self._claims or event.holder == self.id:
+            raise self._refuse(event)
+        self._give_reason(
+            f"{event.claim.space} {event.claim.key!r} is held by {event.holder}", False
+        )
+        return self._propose_abort()
+
+    # Rules for a resource whose own commit is the decision.
 
     def _answered_one_phase(self, event: Answered) -> list[Action]:
-        self._unended = {}
+        self._refuse_delegated(event)
         self.phase = Phase.ENDED
         if event.verdict is Verdict.COMMIT:
             self.outcome = Outcome.COMMITTED
         else:
             self.outcome = Outcome.ABORTED
-            self.reason, self.retryable = event.reason, event.retryable
+            self._give_reason(event.reason, event.retryable)
         return []
 
     def _answered_delegated(self, event: Answered) -> list[Action]:
+        self._refuse_delegated(event)
         self.phase = Phase.ANSWERED
-        self.reason = self.reason or event.reason
+        if event.verdict is Verdict.ABORT:
+            self._give_reason(event.reason, event.retryable)
         return [RecordAnswer(event.verdict)]
 
     def _resolved(self, event: Resolved) -> list[Action]:
-        if self._decision is None or event.verdict is Verdict.DELEGATED:
+        self._refuse_delegated(event)
+        if self._decision is None:
             raise self._refuse(event)
         if event.verdict is Verdict.COMMIT:
             return self._commit(self._decision)
         return self._roll_back()
 
-    def _commit(
-        self, decision: Decision, ended: frozenset[BranchId] = frozenset()
-    ) -> list[Action]:
+    def _answered_again(self, event: Answered | Resolved) -> list[Action]:
+        self._refuse_delegated(event)
+        if (event.verdict is Verdict.COMMIT) != (self.outcome is Outcome.COMMITTED):
+            raise self._refuse(event)
+        return []
+
+    def _refuse_delegated(self, event: Answered | Resolved) -> None:
+        if event.verdict is Verdict.DELEGATED:
+            raise self._refuse(event)
+
+    # Rules for the second phase.
+
+    def _commit(self, decision: Decision, ended: frozenset[BranchId] = frozenset()) -> list[Action]:
         self._decision = decision
         self.outcome = Outcome.COMMITTED
         self.phase = Phase.COMMITTING
+        self.reason, self.retryable = "", False
         self._named = frozenset(branch.id for branch in decision.branches)
         actions: list[Action] = []
         for branch in decision.branches:
-            if branch.id not in ended:
-                self._unended[branch.id] = branch
-                actions.append(Commit(branch))
+            # A branch that was marked as ended and yet seen prepared has come back: end it again.
+            if branch.id not in ended or branch.id in self._enlisted:
+                actions.append(self._send(Commit(branch)))
         last = decision.last_resource.id if decision.last_resource else None
         for branch_id in self._enlisted:
             if branch_id in self._named or branch_id == last:
                 continue
-            branch = self._unended[branch_id] = self._branch(branch_id)
             vote = self._votes.get(branch_id)
             # A prepared branch that the record does not name was never promised.
             read_only = vote is not None and vote.kind is VoteKind.READ_ONLY
-            actions.append(Commit(branch) if read_only else Rollback(branch))
+            branch = self._branch(branch_id)
+            actions.append(self._send(Commit(branch) if read_only else Rollback(branch)))
         if not actions:
             self.phase = Phase.ENDED
         return actions
@@ -494,21 +421,30 @@ class Transaction:
     def _roll_back(self) -> list[Action]:
         self.outcome = Outcome.ABORTED
         self.phase = Phase.ROLLING_BACK
-        delegated = self._decision.last_resource if self._decision else None
         known = {branch.id: branch for branch in self.branches}
         if self._decision is not None:
             known |= {branch.id: branch for branch in self._decision.branches}
-        if delegated is not None:
-            known.pop(delegated.id, None)  # it was asked, and its answer is this abort
-        self._unended = known
+            if self._decision.last_resource is not None:
+                known.pop(self._decision.last_resource.id, None)  # its answer is this abort
         if not known:
             self.phase = Phase.ENDED
-        return [Rollback(branch) for branch in known.values()]
+        return [self._send(Rollback(branch)) for branch in known.values()]
+
+    def _send(self, action: Commit | Rollback) -> Action:
+        branch = action.branch
+        self._unended[branch.id] = branch
+        self._out[branch.id] = self._out.get(branch.id, 0) + 1
+        return action
 
     def _finished(self, event: Finished) -> list[Action]:
-        branch = self._unended.pop(event.branch, None)
+        if event.branch not in self._out:
+            raise self._refuse(event)
+        branch = self._unended.get(event.branch)
         if branch is None:
-            return []  # a second answer of a repeated action
+            return []  # a second answer to a repeated action
+        self._out[event.branch] -= 1
+        if self._out[event.branch] == 0:
+            del self._unended[event.branch]
         if not self._unended:
             self.phase = Phase.ENDED
         if event.ending.kind is not EndingKind.FINISHED:
@@ -518,14 +454,16 @@ class Transaction:
 
     def _voted_too_late(self, event: Voted) -> list[Action]:
         """A PREPARE that landed after its branch was to end: end it again if it is not named."""
-        self._votes.setdefault(event.branch, event.vote)
-        if event.branch in self._named or event.vote.kind is VoteKind.ABORTED:
+        last = self._decision.last_resource if self._decision else None
+        ended_by_decision = event.branch in self._named or (last and event.branch == last.id)
+        if not self._take_vote(event) or ended_by_decision:
             return []
-        branch = self._unended[event.branch] = self._branch(event.branch)
+        if event.vote.kind is VoteKind.ABORTED:
+            return []
         if self.phase is Phase.ENDED:
             committed = self.outcome is Outcome.COMMITTED
             self.phase = Phase.COMMITTING if committed else Phase.ROLLING_BACK
-        return [Rollback(branch)]
+        return [self._send(Rollback(self._branch(event.branch)))]
 
     def _nothing(self, event: Event) -> list[Action]:
         return []
@@ -537,11 +475,18 @@ class Transaction:
             return branch
         return Branch(branch.xid, branch.participant, vote.token)
 
+    def _give_reason(self, reason: str, retryable: bool) -> None:
+        """The first reason stands: it is the cause, the others follow from it."""
+        if not self.reason:
+            self.reason, self.retryable = reason, retryable
+
     def _refuse(self, event: Event) -> ProtocolError:
         return ProtocolError(f"{event!r} is illegal for {self!r}")
 
 
 _T = Transaction
+_ENDING = (Phase.COMMITTING, Phase.ROLLING_BACK, Phase.ENDED)
+
 RULES: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
     (Phase.ACTIVE, Enlisted): _T._enlist,
     (Phase.ACTIVE, Published): _T._publish,
@@ -550,6 +495,7 @@ RULES: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
     (Phase.PREPARING, Published): _T._publish,
     (Phase.PREPARING, Voted): _T._voted,
     (Phase.PREPARING, AbortRequested): _T._abort_requested,
+    # Published is absent: an id that is committed in one phase must not leave the process.
     (Phase.ONE_PHASE, Answered): _T._answered_one_phase,
     (Phase.ONE_PHASE, AbortRequested): _T._nothing,
     (Phase.COMMIT_PROPOSED, Published): _T._nothing,
@@ -563,38 +509,44 @@ RULES: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
     (Phase.ABORT_PROPOSED, Decided): _T._decided,
     (Phase.ABORT_PROPOSED, Refused): _T._refused,
     (Phase.ABORT_PROPOSED, ClaimStands): _T._nothing,
-    (Phase.DELEGATED, Answered): _T._answered_delegated,
+    (Phase.DELEGATED, Published): _T._nothing,
+    (Phase.DELEGATED, Voted): _T._remember_vote,
     (Phase.DELEGATED, AbortRequested): _T._nothing,
-    (Phase.DELEGATED, Decided): _T._decided_again,
-    (Phase.ANSWERED, Resolved): _T._resolved,
+    (Phase.DELEGATED, Decided): _T._decided_while_delegated,
+    (Phase.DELEGATED, Refused): _T._nothing,
+    (Phase.DELEGATED, ClaimStands): _T._nothing,
+    (Phase.DELEGATED, Answered): _T._answered_delegated,
+    (Phase.ANSWERED, Published): _T._nothing,
+    (Phase.ANSWERED, Voted): _T._remember_vote,
     (Phase.ANSWERED, AbortRequested): _T._nothing,
-    (Phase.ANSWERED, Decided): _T._decided_again,
-    (Phase.COMMITTING, Published): _T._nothing,
-    (Phase.COMMITTING, Finished): _T._finished,
-    (Phase.COMMITTING, Voted): _T._voted_too_late,
-    (Phase.COMMITTING, AbortRequested): _T._nothing,
-    (Phase.COMMITTING, Decided): _T._decided_again,
-    (Phase.COMMITTING, Refused): _T._nothing,
-    (Phase.COMMITTING, ClaimStands): _T._nothing,
-    (Phase.ROLLING_BACK, Published): _T._nothing,
-    (Phase.ROLLING_BACK, Finished): _T._finished,
-    (Phase.ROLLING_BACK, Voted): _T._voted_too_late,
-    (Phase.ROLLING_BACK, AbortRequested): _T._nothing,
-    (Phase.ROLLING_BACK, Decided): _T._decided_again,
-    (Phase.ROLLING_BACK, Refused): _T._nothing,
-    (Phase.ROLLING_BACK, ClaimStands): _T._nothing,
-    (Phase.ENDED, Published): _T._nothing,
-    (Phase.ENDED, Finished): _T._nothing,
-    (Phase.ENDED, Voted): _T._voted_too_late,
-    (Phase.ENDED, AbortRequested): _T._nothing,
-    (Phase.ENDED, Decided): _T._decided_again,
-    (Phase.ENDED, Refused): _T._nothing,
-    (Phase.ENDED, ClaimStands): _T._nothing,
+    (Phase.ANSWERED, Decided): _T._decided_while_delegated,
+    # The record may be gone before the answer came to stand beside it; then others resolved it.
+    (Phase.ANSWERED, Refused): _T._refused,
+    (Phase.ANSWERED, ClaimStands): _T._nothing,
+    (Phase.ANSWERED, Answered): _T._nothing,
+    (Phase.ANSWERED, Resolved): _T._resolved,
     (Phase.UNKNOWN, Published): _T._nothing,
     (Phase.UNKNOWN, AbortRequested): _T._nothing,
     (Phase.UNKNOWN, Voted): _T._remember_vote,
     (Phase.UNKNOWN, Decided): _T._decided,
     (Phase.UNKNOWN, Refused): _T._nothing,
+    (Phase.UNKNOWN, ClaimStands): _T._nothing,
+    (Phase.UNKNOWN, Answered): _T._nothing,
+    (Phase.UNKNOWN, Resolved): _T._resolved,
+    (Phase.UNKNOWN, Finished): _T._nothing,
     (Phase.IN_DOUBT, AbortRequested): _T._abort_in_doubt,
 }
-"""Every legal pair. The diagram in docs/design.md is drawn from this table."""
+"""Every legal pair. The diagram in docs/protocol.md is drawn from this table."""
+
+for _phase in _ENDING:
+    RULES |= {
+        (_phase, Published): _T._nothing,
+        (_phase, AbortRequested): _T._nothing,
+        (_phase, Voted): _T._voted_too_late,
+        (_phase, Decided): _T._decided_again,
+        (_phase, Refused): _T._nothing,
+        (_phase, ClaimStands): _T._nothing,
+        (_phase, Answered): _T._answered_again,
+        (_phase, Resolved): _T._answered_again,
+        (_phase, Finished): _T._finished,
+    }

@@ -164,17 +164,19 @@ class DecisionLog(Protocol):
         come the horizon's refusal and the claims'.
         """
 
-    async def record_answer(self, transaction: TransactionId, answer: Verdict) -> Verdict:
+    async def record_answer(self, transaction: TransactionId, answer: Verdict) -> Verdict | None:
         """Write a last resource's answer beside its delegated decision; the first one stands.
 
-        Returns what stands. Raises `ProtocolError` if no delegated decision stands.
+        Returns what stands; None when no record stands any more, because others resolved it and it
+        was forgotten. ABORT also frees the transaction's claims, in the same step. Raises
+        `ProtocolError` if another decision stands, or for an answer that is none.
         """
 
     async def read(self, transaction: TransactionId) -> Reading:
         """What stands under an id; above the horizon absence means that nothing is recorded yet."""
 
     async def read_claim(self, claim: Claim) -> TransactionId | None:
-        """The transaction whose recorded commit holds the claim."""
+        """The transaction that holds the claim: committed, or delegated and not yet resolved."""
 
 
 class Housekeeping(Protocol):

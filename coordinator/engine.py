@@ -1,0 +1,215 @@
+"""Owns the running transactions of one open coordinator: begins, drives, beats, drains.
+
+One engine lives on one event loop from `start` to `stop`. It draws the ids, keeps a driver for each
+transaction, writes finished marks in batches, and tells the other members what it drives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Mapping
+
+from uuid_utils import uuid7
+
+from coordinator import failpoint
+from coordinator.config import Settings
+from coordinator.driver import Driver, Patience
+from coordinator.errors import LogUnavailable, TransactionError
+from coordinator.events import AbortRequested, Published
+from coordinator.log.base import Log, LogIdentity, Mark
+from coordinator.members.base import Beat, InFlight, Members
+from coordinator.model import Claim, MemberId, TransactionId, id_floor, id_time_ms
+from coordinator.participant import Participant
+from coordinator.protocol import Phase, Transaction
+from coordinator.sweep import Case
+
+logger = logging.getLogger("syncpoint.engine")
+
+MARKS_INTERVAL_SECONDS = 0.2
+PUBLISHED_AFTER_SECONDS = 1.0
+
+
+def draw_member_id() -> MemberId:
+    """A fresh name for one opening of a coordinator."""
+    return MemberId(secrets.token_hex(8))
+
+
+def now_ms() -> int:
+    """The wall clock in milliseconds since the epoch: for ids and for people, never for safety."""
+    return int(time.time() * 1000)
+
+
+class Engine:
+    """The running transactions of one open coordinator."""
+
+    def __init__(
+        self,
+        log: Log,
+        identity: LogIdentity,
+        members: Members,
+        member: MemberId,
+        participants: Mapping[str, Participant],
+        settings: Settings,
+    ) -> None:
+        self.log = log
+        self.identity = identity
+        self.members = members
+        self.member = member
+        self.participants = participants
+        self.settings = settings
+        self.retry_first = settings.retry_first
+        self.retry_most = settings.retry_most
+        self.drivers: dict[TransactionId, Driver] = {}
+        self.newest = id_floor(identity.created_ms)
+        self.horizon = id_floor(identity.created_ms)
+        self._marks: list[Mark] = []
+        self._beats = 0
+        self._closing = False
+        self._idle = asyncio.Event()
+        self._background: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        """Become a member, then beat and write marks in the background."""
+        await self.members.join(self.member, self._beat())
+        loop = asyncio.get_running_loop()
+        self._background = [
+            loop.create_task(self._keep_beating()),
+            loop.create_task(self._keep_marking()),
+        ]
+
+    async def stop(self) -> None:
+        """Begin nothing more, abort what only works, let second phases end, leave."""
+        self._closing = True
+        for driver in list(self.drivers.values()):
+            if driver.core.phase is Phase.ACTIVE:
+                driver.post(AbortRequested("the coordinator is closing", retryable=True))
+        await self._drain()
+        for task in self._background:
+            task.cancel()
+        await asyncio.gather(*self._background, return_exceptions=True)
+        try:
+            await self._write_marks()
+            await self.members.leave()
+        except LogUnavailable as error:
+            logger.warning("closing without the last finished marks: %s", error)
+
+    async def _drain(self) -> None:
+        if self.drivers:
+            logger.info("waiting for %d transactions to end", len(self.drivers))
+            self._idle.clear()
+            try:
+                async with asyncio.timeout(self.settings.drain_timeout):
+                    await self._idle.wait()
+            except TimeoutError:
+                logger.warning(
+                    "%d transactions have not ended; recovery will end them", len(self.drivers)
+                )
+        for driver in list(self.drivers.values()):
+            driver.abandon()
+
+    # Transactions.
+
+    def begin(self, timeout: float, claims: tuple[Claim, ...] = ()) -> Driver:
+        """Draw an id and start driving. `timeout` in seconds.
+
+        Raises `TransactionError` while closing, and `LogUnavailable` when the clock is so far
+        behind the horizon that the log would refuse the decision: nothing was begun.
+        """
+        if self._closing:
+            raise TransactionError("the coordinator is closing: no transaction can begin")
+        transaction = TransactionId(str(uuid7()))
+        self._refuse_near_horizon(transaction)
+        self.newest = max(self.newest, transaction)
+        deadline = asyncio.get_running_loop().time() + timeout
+        driver = Driver(self, Transaction(transaction, claims=claims), deadline=deadline)
+        self.drivers[transaction] = driver
+        return driver
+
+    def _refuse_near_horizon(self, transaction: TransactionId) -> None:
+        margin_ms = int(self.settings.retention * 500)
+        if id_time_ms(self.horizon) > self._created_ms and (
+            id_time_ms(transaction) < id_time_ms(self.horizon) + margin_ms
+        ):
+            here = _shown(id_time_ms(transaction))
+            there = _shown(id_time_ms(self.horizon))
+            raise LogUnavailable(
+                f"this clock says {here}, but the log has forgotten everything before {there}: "
+                "one of the cluster's clocks is wrong; correct it and begin again"
+            )
+
+    @property
+    def _created_ms(self) -> int:
+        return self.identity.created_ms
+
+    async def recover(self, case: Case) -> Driver:
+        """Drive a transaction found by the sweep as far as it goes now."""
+        core = Transaction.in_doubt(case.transaction, case.branches)
+        driver = Driver(self, core, patience=Patience.ONCE)
+        self.drivers[case.transaction] = driver
+        try:
+            driver.post(AbortRequested("found by recovery"))
+            await driver.until_over(self.settings.timeout_max)
+        finally:
+            self.ended(driver)
+        return driver
+
+    def mark(self, mark: Mark) -> None:
+        self._marks.append(mark)
+
+    def ended(self, driver: Driver) -> None:
+        if self.drivers.get(driver.core.id) is driver:
+            del self.drivers[driver.core.id]
+        if not self.drivers:
+            self._idle.set()
+
+    # Background work.
+
+    async def _keep_beating(self) -> None:
+        while True:
+            await asyncio.sleep(self.settings.beat_interval)
+            try:
+                await self.members.beat(self._beat())
+            except LogUnavailable as error:
+                logger.warning("cannot say that this member lives: %s", error)
+
+    def _beat(self) -> Beat:
+        now = asyncio.get_running_loop().time()
+        self._beats += 1
+        in_flight = []
+        for driver in self.drivers.values():
+            if now - driver.born < PUBLISHED_AFTER_SECONDS or driver.core.phase is Phase.ONE_PHASE:
+                continue
+            if driver.core.private and not driver.core.decided:
+                # Whoever can read the id may ask for an abort, so the commit must be recorded.
+                driver.post(Published())
+            branches = tuple(branch.participant for branch in driver.core.branches)
+            left = max(driver.deadline - now, 0.0)
+            in_flight.append(InFlight(driver.core.id, left, driver.core.phase.value, branches))
+        return Beat(now_ms(), self._beats, in_flight)
+
+    async def _keep_marking(self) -> None:
+        while True:
+            await asyncio.sleep(MARKS_INTERVAL_SECONDS)
+            try:
+                await self._write_marks()
+            except LogUnavailable as error:
+                logger.warning("finished marks are late: %s", error)
+
+    async def _write_marks(self) -> None:
+        marks, self._marks = self._marks, []
+        if not marks:
+            return
+        failpoint.reach("forget:before")
+        try:
+            await self.log.finish(marks)
+        except LogUnavailable:
+            self._marks = marks + self._marks
+            raise
+        failpoint.reach("forget:after")
+
+
+def _shown(unix_ms: int) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime(unix_ms / 1000))

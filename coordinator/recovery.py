@@ -1,0 +1,267 @@
+"""The sweep: finds what crashes and lost answers left behind, and drives it to its end.
+
+One `round` observes and acts once, by the pure rules of `coordinator.sweep`; `run` repeats it for
+as long as the coordinator is open, and `syncpoint recover` until nothing is left. Any process that
+has the participant may sweep it, at the same time as others: whoever drives a transaction proposes
+abort and obeys what stands.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+
+import msgspec
+
+from coordinator.driver import Driver
+from coordinator.engine import Engine, now_ms
+from coordinator.errors import LogUnavailable
+from coordinator.log.base import Incident, Record, Unreadable
+from coordinator.model import Branch, Outcome, TransactionId
+from coordinator.participant import Participant
+from coordinator.protocol import Phase
+from coordinator.sweep import Case, Watch, clear_mark, horizon_candidate
+
+logger = logging.getLogger("syncpoint.recovery")
+
+PAGE = 1_000
+DRIVEN_AT_ONCE = 16
+HOUSEKEEPING_SECONDS = 5.0
+
+
+class Round(msgspec.Struct):
+    """What one round of the sweep saw and did; counts are of transactions unless it is said."""
+
+    committed: int = 0
+    aborted: int = 0
+    in_doubt: set[TransactionId] = msgspec.field(default_factory=set)
+    """Seen, not yet ended: live, or to be tried again in the next round."""
+    cases: list[Case] = msgspec.field(default_factory=list)
+    """What this round drove, or with `dry_run` would have driven, oldest first."""
+    quarantined: int = 0
+    incidents: int = 0
+    """Branches that need a person, from this round and before."""
+    unreachable: dict[str, str] = msgspec.field(default_factory=dict)
+    """Participants that could not list their branches, and why."""
+    unreadable: dict[TransactionId, str] = msgspec.field(default_factory=dict)
+    """Records that cannot be decoded; each parks its own transaction only."""
+
+    @property
+    def clean(self) -> bool:
+        """Nothing is in doubt, and every participant has said so."""
+        return not (self.in_doubt or self.unreachable or self.unreadable)
+
+
+class Recovery:
+    """Sweeps the participants of one open coordinator.
+
+    `unreachable` are those that could not be opened, and why; every round reports them.
+    """
+
+    def __init__(self, engine: Engine, unreachable: Mapping[str, str]) -> None:
+        self._engine = engine
+        self._unreachable = unreachable
+        self._watch = Watch(engine.settings.timeout_max)
+        self._kept_house = float("-inf")
+        self._complained: dict[str, str] = {}
+
+    async def run(self) -> None:
+        """Sweep for ever. A round that fails is logged, and the next one tries again."""
+        while True:
+            try:
+                await self.round()
+            except LogUnavailable as error:
+                self._complain("the log", str(error))
+            except Exception:
+                logger.exception("a round of the sweep failed")
+            await asyncio.sleep(self._engine.settings.sweep_interval)
+
+    async def round(
+        self, progress: Callable[[int, int], None] | None = None, *, dry_run: bool = False
+    ) -> Round:
+        """Observe and act once; with `dry_run` only observe.
+
+        `progress` is told how many of how many cases are done. Raises `LogUnavailable` when the log
+        does not answer; then nothing was presumed.
+        """
+        engine, report = self._engine, Round(unreachable=dict(self._unreachable))
+        alive = await engine.members.alive()
+        quarantined = {incident.gid for incident in await engine.log.incidents()}
+        scan_began_ms = now_ms()
+        found = await self._scan_participants(report)
+        seen = [
+            branch
+            for branches in found.values()
+            for branch in branches
+            if str(branch.xid) not in quarantined
+        ]
+        records = await self._read_records(seen, report)
+        parked = {t for t, record in records.items() if _is_parked(record, quarantined)}
+        cases = self._watch.judge(
+            now=asyncio.get_running_loop().time(),
+            alive=alive,
+            seen=seen,
+            records=records,
+            driven_here=engine.drivers.keys() | report.unreadable.keys() | parked,
+        )
+        report.in_doubt = {branch.xid.transaction for branch in seen}
+        report.in_doubt |= {t for t, r in records.items() if not r.finished and t not in parked}
+        report.cases = cases
+        if not dry_run:
+            await self._drive(cases, report, progress)
+            await self._keep_house(found, records, scan_began_ms)
+        report.incidents = len(await engine.log.incidents())
+        return report
+
+    # Observing.
+
+    async def _scan_participants(self, report: Round) -> dict[str, list[Branch]]:
+        participants = list(self._engine.participants.values())
+        scans = await asyncio.gather(
+            *(self._scan(participant) for participant in participants), return_exceptions=True
+        )
+        found: dict[str, list[Branch]] = {}
+        for participant, scan in zip(participants, scans, strict=True):
+            if isinstance(scan, BaseException):
+                why = str(scan) or type(scan).__name__
+                report.unreachable[participant.name] = why
+                self._complain(participant.name, f"cannot list its branches: {why}")
+            else:
+                self._complained.pop(participant.name, None)
+                found[participant.name] = scan
+        return found
+
+    async def _scan(self, participant: Participant) -> list[Branch]:
+        async with asyncio.timeout(self._engine.settings.scan_timeout):
+            return list(await participant.recover())
+
+    async def _read_records(
+        self, seen: Iterable[Branch], report: Round
+    ) -> dict[TransactionId, Record]:
+        """The unfinished records, and those that stand under the ids that were seen."""
+        log, after = self._engine.log, None
+        records: dict[TransactionId, Record] = {}
+        while True:
+            page = await log.scan(after, PAGE)
+            for record in page.records:
+                if isinstance(record, Unreadable):
+                    report.unreadable[record.transaction] = record.why
+                    self._complain(record.transaction, f"its record cannot be read: {record.why}")
+                else:
+                    records[record.transaction] = record
+            after = page.after
+            if after is None:
+                break
+        for transaction in {branch.xid.transaction for branch in seen}:
+            if transaction in records or transaction in report.unreadable:
+                continue
+            if transaction in self._engine.drivers:
+                continue
+            reading = await log.read(transaction)
+            if reading.record is not None:
+                records[transaction] = reading.record
+        return records
+
+    # Acting.
+
+    async def _drive(
+        self,
+        cases: list[Case],
+        report: Round,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        gate = asyncio.Semaphore(DRIVEN_AT_ONCE)
+        done = 0
+
+        async def one(case: Case) -> None:
+            nonlocal done
+            async with gate:
+                await self._drive_one(case, report)
+            done += 1
+            if progress is not None:
+                progress(done, len(cases))
+
+        await asyncio.gather(*(one(case) for case in cases))
+
+    async def _drive_one(self, case: Case, report: Round) -> None:
+        if case.transaction in self._engine.drivers:
+            return
+        driver = await self._engine.recover(case)
+        if driver.core.phase is Phase.UNKNOWN:
+            await self._quarantine(case, report)
+        elif driver.core.phase is Phase.ENDED:
+            report.in_doubt.discard(case.transaction)
+            committed = driver.core.outcome is Outcome.COMMITTED
+            report.committed += committed
+            report.aborted += not committed
+            logger.info("recovered transaction %s: %s", case.transaction, driver.core.outcome)
+        else:
+            self._complain(case.transaction, _why_left(driver))
+
+    async def _quarantine(self, case: Case, report: Round) -> None:
+        """The log has forgotten the id: look again, and show what is still there to a person."""
+        for branch in case.branches:
+            participant = self._engine.participants.get(branch.participant)
+            if participant is None:
+                continue
+            still = {each.id for each in await self._scan(participant)}
+            if branch.id not in still:
+                continue
+            incident = Incident(
+                str(branch.xid),
+                branch.participant,
+                None,
+                "prepared, but the log has forgotten transactions of that age: a restored backup, "
+                "a late promotion, or a pause longer than the retention",
+                now_ms(),
+            )
+            await self._engine.log.report(incident)
+            logger.error("quarantined branch %s of %s", branch.xid, branch.participant)
+            report.quarantined += 1
+        report.in_doubt.discard(case.transaction)
+
+    # Forgetting.
+
+    async def _keep_house(
+        self,
+        found: dict[str, list[Branch]],
+        records: dict[TransactionId, Record],
+        scan_began_ms: int,
+    ) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._kept_house < HOUSEKEEPING_SECONDS:
+            return
+        self._kept_house = now
+        engine, log, settings = self._engine, self._engine.log, self._engine.settings
+        for name, branches in found.items():
+            clear = clear_mark(scan_began_ms=scan_began_ms, seen=branches, records=records)
+            await log.swept(name, clear, scan_began_ms)
+        newest = max([engine.newest, *records])
+        candidate = horizon_candidate(
+            retention_ms=int(settings.retention * 1000),
+            absence_limit_ms=int(settings.absence_limit * 1000),
+            now_ms=scan_began_ms,
+            alive=await engine.members.alive(),
+            newest_seen=newest,
+            resources=await log.resources(),
+        )
+        engine.horizon = await log.raise_horizon(candidate)
+        claims_before_ms = scan_began_ms - int(settings.key_retention * 1000)
+        await log.forget(PAGE, claims_before_ms=claims_before_ms)
+
+    def _complain(self, about: str, why: str) -> None:
+        """Warn once for each new reason, so that a long outage does not fill the disk."""
+        if self._complained.get(about) != why:
+            self._complained[about] = why
+            logger.warning("%s: %s", about, why)
+
+
+def _is_parked(record: Record, incidents: set[str]) -> bool:
+    """All that is left of it waits for a person."""
+    left = [b for b in record.decision.branches if b.id not in record.ended]
+    return bool(left) and all(str(branch.xid) in incidents for branch in left)
+
+
+def _why_left(driver: Driver) -> str:
+    return "; ".join(driver.left) or driver.broken or f"left while {driver.core.phase}"

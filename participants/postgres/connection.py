@@ -1,0 +1,147 @@
+"""One session with a server, and the statements of the protocol sent over it.
+
+`ask` sends text without a cursor and returns a `Reply` whatever happens: errors and lost
+connections are answers here, read by `replies`. This is the border where psycopg's exceptions end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import psycopg
+from psycopg import AsyncConnection, generators, waiting
+from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, TransactionStatus
+from psycopg.pq.abc import PGconn, PGresult
+
+from participants.postgres import statements
+from participants.postgres.replies import DatabaseUnavailable, Reply, is_replication_warning
+from participants.postgres.statements import Greeting
+
+_WAKE_SECONDS = 1.0
+_FAILED = (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE)
+
+Configure = Callable[[AsyncConnection[Any]], Awaitable[None]]
+
+
+class ServerConnection:
+    """An autocommit session. `raw` is the psycopg object that it was opened with."""
+
+    __slots__ = ("_interrupted", "greeting", "pgconn", "raw")
+
+    def __init__(self, raw: AsyncConnection[Any], greeting: Greeting) -> None:
+        self.raw = raw
+        self.pgconn: PGconn = raw.pgconn
+        self.greeting = greeting
+        self._interrupted = False
+
+    @classmethod
+    async def open(cls, conninfo: str, configure: Configure | None = None) -> ServerConnection:
+        """Connect and learn who the server is.
+
+        Raises `psycopg.OperationalError` when the server cannot be reached or refuses, and
+        `DatabaseUnavailable` when it answers no question.
+        """
+        raw = await AsyncConnection.connect(conninfo, autocommit=True)
+        try:
+            reply = await _ask(raw.pgconn, statements.GREET)
+            if not reply.succeeded or not reply.rows:
+                raise DatabaseUnavailable(f"the server does not say who it is: {reply}")
+            greeting = Greeting.read(reply)
+            if greeting.process_id != raw.info.backend_pid:
+                # A pooler such as pgbouncer sits between: the session changes under us at every
+                # transaction, and with it the statements prepared in it.
+                raw.prepare_threshold = None
+            if greeting.synchronous_commit not in statements.REPLICATED:
+                await _ask(raw.pgconn, statements.REPLICATE_SESSION)
+            if configure is not None:
+                await configure(raw)
+        except BaseException:
+            raw.pgconn.finish()
+            raise
+        return cls(raw, greeting)
+
+    async def ask(self, statement: bytes) -> Reply:
+        """Send a statement of the protocol; cancelled in the middle, the connection is lost."""
+        self._interrupted = True
+        reply = await _ask(self.pgconn, statement)
+        self._interrupted = False
+        return reply
+
+    @property
+    def is_clean(self) -> bool:
+        """Connected, and outside any transaction: another may use it."""
+        return (
+            not self._interrupted
+            and self.pgconn.status == ConnStatus.OK
+            and self.pgconn.transaction_status == TransactionStatus.IDLE
+        )
+
+    def close(self) -> None:
+        """End the session at once; the server rolls back whatever was not prepared."""
+        self.pgconn.finish()
+
+
+async def _ask(pgconn: PGconn, statement: bytes) -> Reply:
+    unconfirmed = False
+
+    def on_notice(notice: PGresult) -> None:
+        nonlocal unconfirmed
+        if is_replication_warning(
+            _field(notice, DiagnosticField.SQLSTATE),
+            _field(notice, DiagnosticField.SOURCE_FUNCTION),
+        ):
+            unconfirmed = True
+
+    pgconn.notice_handler = on_notice
+    try:
+        pgconn.send_query(statement)
+        results = await waiting.wait_async(
+            generators.execute(pgconn), pgconn.socket, interval=_WAKE_SECONDS
+        )
+    except psycopg.Error as error:
+        return Reply(message=str(error).strip(), connected=False)
+    finally:
+        pgconn.notice_handler = None
+    connected = pgconn.status == ConnStatus.OK
+    for result in results:
+        if result.status in _FAILED:
+            return _failure(result, connected)
+    if not results:
+        return Reply(message="the server sent an empty answer", connected=False)
+    last = results[-1]
+    return Reply(
+        tag=(last.command_status or b"").decode(),
+        rows=_rows(last),
+        connected=connected,
+        replication_unconfirmed=unconfirmed,
+    )
+
+
+def _failure(result: PGresult, connected: bool) -> Reply:
+    message = _field(result, DiagnosticField.MESSAGE_PRIMARY)
+    for field in (DiagnosticField.MESSAGE_DETAIL, DiagnosticField.MESSAGE_HINT):
+        if more := _field(result, field):
+            message += f"; {more}"
+    if not message:
+        message = result.get_error_message().strip()
+    sqlstate = _field(result, DiagnosticField.SQLSTATE)
+    if not sqlstate:
+        # libpq made this answer up itself, as it does when the connection breaks.
+        connected = False
+    return Reply(sqlstate=sqlstate, message=message, connected=connected)
+
+
+def _field(result: PGresult, field: DiagnosticField) -> str:
+    return (result.error_field(field) or b"").decode("utf-8", "replace")
+
+
+def _rows(result: PGresult) -> tuple[tuple[str | None, ...], ...]:
+    def value(row: int, column: int) -> str | None:
+        data = result.get_value(row, column)
+        return None if data is None else bytes(data).decode("utf-8", "replace")
+
+    return tuple(
+        tuple(value(row, column) for column in range(result.nfields))
+        for row in range(result.ntuples)
+    )

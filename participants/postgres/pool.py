@@ -1,0 +1,129 @@
+"""A bounded set of server connections, opened when needed and reused last in, first out.
+
+It has no workers and no timers: who waits is woken in turn by who releases, a wait ends at the
+caller's deadline, and a connection that is not clean is closed instead of being reused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable
+
+from participants.postgres.connection import ServerConnection
+
+Open = Callable[[], Awaitable[ServerConnection]]
+
+
+class Pool:
+    """At most `size` connections at a time, on one event loop."""
+
+    def __init__(self, open_connection: Open, size: int) -> None:
+        self.size = size
+        self._open_connection = open_connection
+        self._idle: list[ServerConnection] = []
+        self._taken: set[ServerConnection] = set()
+        self._slots = size
+        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._closed = False
+
+    async def acquire(self, until: float) -> ServerConnection:
+        """An idle connection, which may turn out to be dead, or a new one.
+
+        Raises `TimeoutError` when none was free `until` then, in seconds of the loop's clock, and
+        what opening one raises.
+        """
+        async with asyncio.timeout_at(until) if self._must_wait else _NO_TIMEOUT:
+            await self._take_slot()
+            try:
+                connection = self._idle.pop() if self._idle else await self._open_connection()
+            except BaseException:
+                self._give_slot()
+                raise
+        return self._hand_out(connection)
+
+    def acquire_idle(self) -> ServerConnection | None:
+        """An idle connection if there is one this very moment; never waits, never opens."""
+        if not self._idle or not self._slots or self._waiters:
+            return None
+        self._slots -= 1
+        return self._hand_out(self._idle.pop())
+
+    async def replace(self, dead: ServerConnection) -> ServerConnection:
+        """A new connection in the place of a dead one; all idle ones are as old and are closed."""
+        dead.close()
+        self._close_idle()
+        try:
+            connection = await self._open_connection()
+        except BaseException:
+            self.release(dead)
+            raise
+        self._taken.discard(dead)
+        return self._hand_out(connection)
+
+    def release(self, connection: ServerConnection) -> None:
+        """Give it back: it is kept if it is clean, else closed."""
+        self._taken.discard(connection)
+        if connection.is_clean and not self._closed:
+            self._idle.append(connection)
+        else:
+            connection.close()
+        self._give_slot()
+
+    def close(self) -> None:
+        """Close all connections, also those in use; waiting callers get `TimeoutError`."""
+        self._closed = True
+        self._close_idle()
+        for connection in list(self._taken):
+            connection.close()
+        for waiter in self._waiters:
+            if not waiter.done():
+                waiter.set_exception(TimeoutError("the pool is closed"))
+
+    @property
+    def _must_wait(self) -> bool:
+        return not (self._idle and self._slots)
+
+    def _hand_out(self, connection: ServerConnection) -> ServerConnection:
+        self._taken.add(connection)
+        return connection
+
+    def _close_idle(self) -> None:
+        while self._idle:
+            self._idle.pop().close()
+
+    async def _take_slot(self) -> None:
+        if self._closed:
+            raise TimeoutError("the pool is closed")
+        if self._slots and not self._waiters:
+            self._slots -= 1
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        try:
+            await waiter
+        except asyncio.CancelledError:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self._give_slot()
+            else:
+                self._waiters.remove(waiter)
+            raise
+
+    def _give_slot(self) -> None:
+        while self._waiters:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                waiter.set_result(None)
+                return
+        self._slots += 1
+
+
+class _NoTimeout:
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+
+_NO_TIMEOUT = _NoTimeout()

@@ -1,0 +1,182 @@
+"""The statements of the protocol as bytes, and what their answers hold.
+
+They are sent as plain text, since PostgreSQL takes no bind parameter in them; a gid is safe to
+quote, because only names in the form of `Xid` are let through.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from coordinator.errors import ProtocolError
+from coordinator.model import LogId, Xid
+from participants.postgres.replies import Reply
+
+# Who this server is, asked once on every new connection, in one round trip.
+GREET = b"""
+SELECT pg_is_in_recovery(),
+       (SELECT system_identifier FROM pg_control_system()),
+       CASE WHEN pg_is_in_recovery() THEN '00000000'
+            ELSE substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8) END,
+       current_setting('synchronous_commit'),
+       current_setting('max_prepared_transactions'),
+       current_database(),
+       pg_backend_pid()
+"""
+
+# Whether the branch is still the one that was begun, and whether it wrote anything.
+EXAMINE = b"""
+SELECT current_setting('syncpoint.branch', true),
+       pg_current_xact_id_if_assigned(),
+       current_setting('transaction_isolation'),
+       current_setting('synchronous_commit')
+"""
+
+COMMIT = b"COMMIT"
+ROLLBACK = b"ROLLBACK"
+REPLICATE = b"SET LOCAL synchronous_commit = on"
+REPLICATE_SESSION = b"SET synchronous_commit = on"
+REPLICATED = ("on", "remote_apply")
+
+
+class Greeting(msgspec.Struct, frozen=True):
+    """The server at the other end of a connection."""
+
+    in_recovery: bool
+    system_identifier: int
+    timeline: int
+    synchronous_commit: str
+    max_prepared_transactions: int
+    database: str
+    process_id: int
+
+    @classmethod
+    def read(cls, reply: Reply) -> Greeting:
+        recovery, system, timeline, synchronous, slots, database, process = reply.rows[0]
+        return cls(
+            in_recovery=recovery == "t",
+            system_identifier=int(system or 0),
+            timeline=int(timeline or "0", 16),
+            synchronous_commit=synchronous or "",
+            max_prepared_transactions=int(slots or 0),
+            database=database or "",
+            process_id=int(process or 0),
+        )
+
+
+class Examination(msgspec.Struct, frozen=True):
+    """`xid8` is None as long as the branch has written nothing."""
+
+    marker: str
+    xid8: int | None
+    serializable: bool
+    replicated: bool
+
+    @classmethod
+    def read(cls, reply: Reply) -> Examination:
+        marker, xid8, isolation, synchronous = reply.rows[0]
+        return cls(
+            marker=marker or "",
+            xid8=None if xid8 is None else int(xid8),
+            serializable=isolation == "serializable",
+            replicated=synchronous in REPLICATED,
+        )
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """What a vote hands on to whoever ends the branch; xid8 0 is a branch that wrote nothing."""
+
+    xid8: int
+    system_identifier: int
+    timeline: int
+
+    def encode(self) -> bytes:
+        return msgspec.msgpack.encode(self)
+
+    @classmethod
+    def decode(cls, token: bytes) -> Token | None:
+        """None when there is no token: the branch was found by recovery."""
+        if not token:
+            return None
+        try:
+            return msgspec.msgpack.decode(token, type=cls)
+        except msgspec.DecodeError as error:
+            raise ProtocolError(f"{token!r} is not a token of a PostgreSQL branch") from error
+
+
+def begin(
+    xid: Xid,
+    *,
+    greeting: Greeting,
+    idle_limit_ms: int,
+    lock_timeout_ms: int | None,
+    statement_timeout_ms: int | None,
+) -> bytes:
+    """BEGIN with the branch's marker, in one message.
+
+    SET LOCAL and not `set_config`: a SELECT would take the snapshot, after which the user could not
+    choose an isolation level any more. The idle limit makes the server itself drop the session, and
+    its locks, when we vanish without a word.
+    """
+    synchronous = greeting.synchronous_commit
+    settings = {
+        "syncpoint.branch": _gid(xid),
+        "synchronous_commit": "remote_apply" if synchronous == "remote_apply" else "on",
+        "idle_in_transaction_session_timeout": str(idle_limit_ms),
+    }
+    if lock_timeout_ms is not None:
+        settings["lock_timeout"] = str(lock_timeout_ms)
+    if statement_timeout_ms is not None:
+        settings["statement_timeout"] = str(statement_timeout_ms)
+    assignments = "".join(f"; SET LOCAL {name} = {value}" for name, value in settings.items())
+    return f"BEGIN{assignments}".encode()
+
+
+def prepare(xid: Xid) -> bytes:
+    return f"PREPARE TRANSACTION {_gid(xid)}".encode()
+
+
+def commit_prepared(xid: Xid) -> bytes:
+    return f"COMMIT PREPARED {_gid(xid)}".encode()
+
+
+def rollback_prepared(xid: Xid) -> bytes:
+    return f"ROLLBACK PREPARED {_gid(xid)}".encode()
+
+
+def fate(xid8: int) -> bytes:
+    return f"SELECT pg_xact_status('{xid8:d}')".encode()
+
+
+def terminate_session_of(xid8: int) -> bytes:
+    """End the session, if any, in which a transaction still runs: its client is gone.
+
+    Sessions show the lower 32 bits of the number; two that are alive never share them.
+    """
+    return (
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        f"WHERE datname = current_database() AND backend_xid = '{xid8 % 2**32:d}'"
+    ).encode()
+
+
+def recover(log: LogId) -> bytes:
+    """All branches of a log in this database, beside whether this is a primary.
+
+    `starts_with`, since `_` is a wildcard of LIKE. In recovery the view is empty whatever is
+    prepared on the primary, so the two are asked in one statement.
+    """
+    prefix = Xid.prefix(log)
+    if "'" in prefix or "\\" in prefix:
+        raise ProtocolError(f"{log!r} is not the id of a log")
+    return (
+        "SELECT pg_is_in_recovery(), NULL UNION ALL "
+        "SELECT false, gid FROM pg_prepared_xacts "
+        f"WHERE database = current_database() AND starts_with(gid, '{prefix}')"
+    ).encode()
+
+
+def _gid(xid: Xid) -> str:
+    text = str(xid)
+    if Xid.parse(text) != xid:
+        raise ProtocolError(f"{text!r} is not the name of a branch")
+    return f"'{text}'"
