@@ -74,6 +74,8 @@ class Engine:
     async def start(self) -> None:
         """Become a member, then beat and write marks in the background."""
         await self.members.join(self.member, self._beat())
+        # Read after joining, so that from here on our clock holds the horizon back.
+        self.horizon = (await self.log.read(self.newest)).horizon
         loop = asyncio.get_running_loop()
         self._background = [
             loop.create_task(self._keep_beating()),
@@ -91,7 +93,7 @@ class Engine:
             task.cancel()
         await asyncio.gather(*self._background, return_exceptions=True)
         try:
-            await self._write_marks()
+            await self.write_marks()
             await self.members.leave()
         except LogUnavailable as error:
             logger.warning("closing without the last finished marks: %s", error)
@@ -129,20 +131,16 @@ class Engine:
         return driver
 
     def _refuse_near_horizon(self, transaction: TransactionId) -> None:
-        margin_ms = int(self.settings.retention * 500)
-        if id_time_ms(self.horizon) > self._created_ms and (
-            id_time_ms(transaction) < id_time_ms(self.horizon) + margin_ms
-        ):
+        # A horizon that has never moved is the log's creation, and may be a moment ago.
+        moved = id_time_ms(self.horizon) > self.identity.created_ms
+        margin_ms = int(self.settings.retention * 500) if moved else 0
+        if id_time_ms(transaction) < id_time_ms(self.horizon) + margin_ms:
             here = _shown(id_time_ms(transaction))
             there = _shown(id_time_ms(self.horizon))
             raise LogUnavailable(
                 f"this clock says {here}, but the log has forgotten everything before {there}: "
                 "one of the cluster's clocks is wrong; correct it and begin again"
             )
-
-    @property
-    def _created_ms(self) -> int:
-        return self.identity.created_ms
 
     async def recover(self, case: Case) -> Driver:
         """Drive a transaction found by the sweep as far as it goes now."""
@@ -194,11 +192,12 @@ class Engine:
         while True:
             await asyncio.sleep(MARKS_INTERVAL_SECONDS)
             try:
-                await self._write_marks()
+                await self.write_marks()
             except LogUnavailable as error:
                 logger.warning("finished marks are late: %s", error)
 
-    async def _write_marks(self) -> None:
+    async def write_marks(self) -> None:
+        """Write the finished marks that wait; raises `LogUnavailable` and keeps them."""
         marks, self._marks = self._marks, []
         if not marks:
             return

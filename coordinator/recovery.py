@@ -86,16 +86,17 @@ class Recovery:
         does not answer; then nothing was presumed.
         """
         engine, report = self._engine, Round(unreachable=dict(self._unreachable))
+        await engine.write_marks()  # else our own finished transactions look unfinished
         alive = await engine.members.alive()
         quarantined = {incident.gid for incident in await engine.log.incidents()}
         scan_began_ms = now_ms()
-        found = await self._scan_participants(report)
-        seen = [
-            branch
-            for branches in found.values()
-            for branch in branches
-            if str(branch.xid) not in quarantined
-        ]
+        scans = await self._scan_participants(report)
+        # What waits for a person is neither driven again nor does it hold up forgetting.
+        found = {
+            name: [branch for branch in branches if str(branch.xid) not in quarantined]
+            for name, branches in scans.items()
+        }
+        seen = [branch for branches in found.values() for branch in branches]
         records = await self._read_records(seen, report)
         parked = {t for t, record in records.items() if _is_parked(record, quarantined)}
         cases = self._watch.judge(
@@ -177,7 +178,11 @@ class Recovery:
         async def one(case: Case) -> None:
             nonlocal done
             async with gate:
-                await self._drive_one(case, report)
+                try:
+                    await self._drive_one(case, report)
+                except Exception as error:
+                    # One transaction that cannot be driven must not stop the others.
+                    self._complain(case.transaction, f"cannot be driven: {error}")
             done += 1
             if progress is not None:
                 progress(done, len(cases))

@@ -105,8 +105,7 @@ class Watch:
         alive: Mapping[MemberId, Beat],
     ) -> bool:
         sighting = self._sightings[transaction]
-        named = record.decision.branches if record else ()
-        owners = {branch.xid.member for branch in branches or named}
+        owners = {branch.xid.member for branch in branches or _named(record)}
         if not owners & alive.keys():
             return True
         if sighting.rounds < 2:
@@ -130,6 +129,13 @@ class Watch:
             alive[owner].count - sighting.beats.get(owner, 0) for owner in owners & alive.keys()
         ]
         return sighting.published or min(beats) < 3
+
+
+def _named(record: Record | None) -> tuple[Branch, ...]:
+    if record is None:
+        return ()
+    last = record.decision.last_resource
+    return record.decision.branches if last is None else (*record.decision.branches, last)
 
 
 def _published_seconds_left(

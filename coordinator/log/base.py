@@ -138,8 +138,8 @@ class Incident(msgspec.Struct, frozen=True):
 class Resource(msgspec.Struct, frozen=True):
     """A participant known to the log: the horizon waits for what its sweep has seen.
 
-    Its last completed sweep, at `swept_ms`, saw no branch of ours older than `clear` but named
-    branches of unfinished commits.
+    The latest completed scan, begun at `swept_ms`, saw no branch of ours older than `clear` but
+    named branches of unfinished commits, and quarantined ones.
     """
 
     name: str
@@ -212,7 +212,11 @@ class Housekeeping(Protocol):
         """
 
     async def swept(self, name: str, clear: TransactionId, swept_ms: int) -> None:
-        """Publish what a completed sweep of a resource saw. `clear` only rises."""
+        """Publish what a sweep of a resource saw whose scan began at `swept_ms`.
+
+        The latest scan stands, also where it saw more left to do than the one before. Raises
+        `ProtocolError` for a resource that is not registered.
+        """
 
     async def resources(self) -> Sequence[Resource]:
         """All registered resources."""

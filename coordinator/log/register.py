@@ -129,10 +129,11 @@ class Register:
         )
 
     def swept(self, name: str, clear: TransactionId, swept_ms: int) -> None:
-        known = self._resources[name]
-        self._resources[name] = msgspec.structs.replace(
-            known, clear=max(known.clear, clear), swept_ms=max(known.swept_ms, swept_ms)
-        )
+        known = self._resources.get(name)
+        if known is None:
+            raise ProtocolError(f"participant {name!r} was swept before it was registered")
+        if swept_ms >= known.swept_ms:
+            self._resources[name] = msgspec.structs.replace(known, clear=clear, swept_ms=swept_ms)
 
     def resources(self) -> Sequence[Resource]:
         return tuple(self._resources.values())

@@ -6,6 +6,7 @@ connections are answers here, read by `replies`. This is the border where psycop
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from participants.postgres import statements
 from participants.postgres.replies import DatabaseUnavailable, Reply, is_replication_warning
 from participants.postgres.statements import Greeting
 
+ANSWER_SECONDS_MAX = 15.0
 _WAKE_SECONDS = 1.0
 _FAILED = (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE)
 
@@ -27,12 +29,14 @@ Configure = Callable[[AsyncConnection[Any]], Awaitable[None]]
 class ServerConnection:
     """An autocommit session. `raw` is the psycopg object that it was opened with."""
 
-    __slots__ = ("_interrupted", "greeting", "pgconn", "raw")
+    __slots__ = ("_interrupted", "closes_itself", "found_dead", "greeting", "pgconn", "raw")
 
     def __init__(self, raw: AsyncConnection[Any], greeting: Greeting) -> None:
         self.raw = raw
         self.pgconn: PGconn = raw.pgconn
         self.greeting = greeting
+        self.found_dead = False
+        self.closes_itself = False
         self._interrupted = False
 
     @classmethod
@@ -61,25 +65,35 @@ class ServerConnection:
             raise
         return cls(raw, greeting)
 
-    async def ask(self, statement: bytes) -> Reply:
-        """Send a statement of the protocol; cancelled in the middle, the connection is lost."""
+    async def ask(self, statement: bytes, seconds: float = ANSWER_SECONDS_MAX) -> Reply:
+        """Send a statement of the protocol and wait for its answer, so many seconds at most.
+
+        Too late an answer, or a cancellation in the middle, costs the connection.
+        """
         self._interrupted = True
-        reply = await _ask(self.pgconn, statement)
+        try:
+            async with asyncio.timeout(seconds):
+                reply = await _ask(self.pgconn, statement)
+        except TimeoutError:
+            return Reply(message=f"no answer within {seconds:.3g} s", connected=False)
         self._interrupted = False
+        self.found_dead = not reply.connected
         return reply
+
+    @property
+    def is_connected(self) -> bool:
+        """As far as is known here, and with no answer outstanding."""
+        return not self._interrupted and self.pgconn.status == ConnStatus.OK
 
     @property
     def is_clean(self) -> bool:
         """Connected, and outside any transaction: another may use it."""
-        return (
-            not self._interrupted
-            and self.pgconn.status == ConnStatus.OK
-            and self.pgconn.transaction_status == TransactionStatus.IDLE
-        )
+        return self.is_connected and self.pgconn.transaction_status == TransactionStatus.IDLE
 
     def close(self) -> None:
         """End the session at once; the server rolls back whatever was not prepared."""
-        self.pgconn.finish()
+        if not self.closes_itself:
+            self.pgconn.finish()
 
 
 async def _ask(pgconn: PGconn, statement: bytes) -> Reply:

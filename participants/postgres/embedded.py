@@ -95,7 +95,7 @@ class EmbeddedServer:
             time.sleep(_POLL_SECONDS * 10)
 
     def stop(self, mode: str = "fast") -> None:
-        """Stop by one of PostgreSQL's own modes: smart, fast or immediate; harmless when stopped."""
+        """Stop by one of PostgreSQL's own modes: smart, fast, immediate. Harmless when stopped."""
         self._signal(_STOP_SIGNALS[mode])
 
     def kill(self) -> None:
@@ -245,7 +245,7 @@ class EmbeddedServer:
         return True
 
     def _is_ready(self) -> bool:
-        """The server writes its state into the eighth line of postmaster.pid, as pg_ctl reads it."""
+        """The server writes its state into line 8 of postmaster.pid, where pg_ctl reads it."""
         assert self._process is not None
         with suppress(OSError):
             lines = (self._data / "postmaster.pid").read_text().splitlines()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
@@ -13,7 +14,7 @@ NAME_CHARACTERS_MAX = 100
 
 # A peer that vanished without a word is noticed after about half a minute, instead of libpq's
 # two hours; whatever the connection string says itself stands.
-_DEFAULTS: dict[str, str | int] = {
+_DEFAULTS: dict[str, Any] = {
     "connect_timeout": 10,
     "keepalives": 1,
     "keepalives_idle": 10,
@@ -45,7 +46,7 @@ class Location:
             raise ConfigurationError(f"participant {name!r}: expected a url such as {example}")
         try:
             given = conninfo_to_dict(url)
-            self.conninfo = make_conninfo(**{**_DEFAULTS, **given})
+            self.conninfo = make_conninfo("", **{**_DEFAULTS, **given})
         except psycopg.Error as error:
             # The whole message may quote the string, and so its password.
             what = str(error).partition(":")[0].partition('"')[0].strip()
@@ -66,7 +67,9 @@ class Location:
         hosts = self._host.split(",")
         ports = self._port.split(",")
         ports += [ports[-1]] * (len(hosts) - len(ports))
-        shown = ",".join(f"{host or 'local'}:{port}" for host, port in zip(hosts, ports, strict=False))
+        shown = ",".join(
+            f"{host or 'local'}:{port}" for host, port in zip(hosts, ports, strict=False)
+        )
         return f"{shown}/{self._database}" if self._database else shown
 
     def __repr__(self) -> str:

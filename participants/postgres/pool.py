@@ -22,7 +22,6 @@ class Pool:
         self.size = size
         self._open_connection = open_connection
         self._idle: list[ServerConnection] = []
-        self._taken: set[ServerConnection] = set()
         self._slots = size
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._closed = False
@@ -36,34 +35,38 @@ class Pool:
         async with asyncio.timeout_at(until) if self._must_wait else _NO_TIMEOUT:
             await self._take_slot()
             try:
-                connection = self._idle.pop() if self._idle else await self._open_connection()
+                return self._idle.pop() if self._idle else await self._open_connection()
             except BaseException:
                 self._give_slot()
                 raise
-        return self._hand_out(connection)
 
     def acquire_idle(self) -> ServerConnection | None:
         """An idle connection if there is one this very moment; never waits, never opens."""
         if not self._idle or not self._slots or self._waiters:
             return None
         self._slots -= 1
-        return self._hand_out(self._idle.pop())
+        return self._idle.pop()
+
+    def adopt(self, connection: ServerConnection) -> None:
+        """Take in an idle connection that was opened elsewhere."""
+        self._idle.append(connection)
 
     async def replace(self, dead: ServerConnection) -> ServerConnection:
-        """A new connection in the place of a dead one; all idle ones are as old and are closed."""
+        """A new connection in the place of a dead one; all idle ones are as old and are closed.
+
+        Raises what opening one raises; `dead` is then still to be released.
+        """
         dead.close()
         self._close_idle()
-        try:
-            connection = await self._open_connection()
-        except BaseException:
-            self.release(dead)
-            raise
-        self._taken.discard(dead)
-        return self._hand_out(connection)
+        return await self._open_connection()
 
     def release(self, connection: ServerConnection) -> None:
-        """Give it back: it is kept if it is clean, else closed."""
-        self._taken.discard(connection)
+        """Give it back: it is kept if it is clean, else closed.
+
+        When it was found dead the idle ones, which are as old, are closed as well.
+        """
+        if connection.found_dead:
+            self._close_idle()
         if connection.is_clean and not self._closed:
             self._idle.append(connection)
         else:
@@ -71,22 +74,17 @@ class Pool:
         self._give_slot()
 
     def close(self) -> None:
-        """Close all connections, also those in use; waiting callers get `TimeoutError`."""
+        """Close the idle ones now, the others as they are released; who waits is refused."""
         self._closed = True
         self._close_idle()
-        for connection in list(self._taken):
-            connection.close()
         for waiter in self._waiters:
             if not waiter.done():
                 waiter.set_exception(TimeoutError("the pool is closed"))
+        self._waiters.clear()
 
     @property
     def _must_wait(self) -> bool:
         return not (self._idle and self._slots)
-
-    def _hand_out(self, connection: ServerConnection) -> ServerConnection:
-        self._taken.add(connection)
-        return connection
 
     def _close_idle(self) -> None:
         while self._idle:
@@ -103,10 +101,10 @@ class Pool:
         try:
             await waiter
         except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self._give_slot()
-            else:
+            if waiter in self._waiters:
                 self._waiters.remove(waiter)
+            elif not waiter.cancelled() and waiter.exception() is None:
+                self._give_slot()  # it was given in the moment of the cancellation
             raise
 
     def _give_slot(self) -> None:

@@ -104,32 +104,34 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
             raise ProtocolError(f"{token!r} is not a token of a PostgreSQL branch") from error
 
 
-def begin(
-    xid: Xid,
-    *,
-    greeting: Greeting,
-    idle_limit_ms: int,
-    lock_timeout_ms: int | None,
-    statement_timeout_ms: int | None,
-) -> bytes:
-    """BEGIN with the branch's marker, in one message.
+class Begin(msgspec.Struct, frozen=True):
+    """How every branch of a participant begins; limits in milliseconds, None for the server's own.
 
     SET LOCAL and not `set_config`: a SELECT would take the snapshot, after which the user could not
-    choose an isolation level any more. The idle limit makes the server itself drop the session, and
-    its locks, when we vanish without a word.
+    choose an isolation level any more.
     """
-    synchronous = greeting.synchronous_commit
-    settings = {
-        "syncpoint.branch": _gid(xid),
-        "synchronous_commit": "remote_apply" if synchronous == "remote_apply" else "on",
-        "idle_in_transaction_session_timeout": str(idle_limit_ms),
-    }
-    if lock_timeout_ms is not None:
-        settings["lock_timeout"] = str(lock_timeout_ms)
-    if statement_timeout_ms is not None:
-        settings["statement_timeout"] = str(statement_timeout_ms)
-    assignments = "".join(f"; SET LOCAL {name} = {value}" for name, value in settings.items())
-    return f"BEGIN{assignments}".encode()
+
+    lock_timeout_ms: int | None = None
+    statement_timeout_ms: int | None = None
+
+    def statement(self, xid: Xid, greeting: Greeting, idle_limit_ms: int) -> bytes:
+        """BEGIN with the branch's marker, in one message.
+
+        The idle limit makes the server itself drop the session, and its locks, when we vanish
+        without a word.
+        """
+        apply = greeting.synchronous_commit == "remote_apply"
+        parts = [
+            "BEGIN",
+            f"SET LOCAL syncpoint.branch = {_gid(xid)}",
+            f"SET LOCAL synchronous_commit = {'remote_apply' if apply else 'on'}",
+            f"SET LOCAL idle_in_transaction_session_timeout = {idle_limit_ms:d}",
+        ]
+        if self.lock_timeout_ms is not None:
+            parts.append(f"SET LOCAL lock_timeout = {self.lock_timeout_ms:d}")
+        if self.statement_timeout_ms is not None:
+            parts.append(f"SET LOCAL statement_timeout = {self.statement_timeout_ms:d}")
+        return "; ".join(parts).encode()
 
 
 def prepare(xid: Xid) -> bytes:

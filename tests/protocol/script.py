@@ -71,14 +71,14 @@ class Script:
     def __init__(self) -> None:
         self._transactions: dict[str, Transaction] = {}
         self._names: dict[BranchId, str] = {}
-        self.reached: set[tuple[str, type]] = set()
 
     def play(self, text: str) -> str:
         lines: list[str] = []
         for line in text.splitlines():
             command = _COMMAND.fullmatch(line)
             if command is not None:
-                lines += [line, *(_INDENT + answer for answer in self._perform(**command.groupdict()))]
+                answers = self._perform(**command.groupdict())
+                lines += [line, *(_INDENT + answer for answer in answers)]
             elif not line.startswith(_INDENT):
                 lines.append(line)
         return "\n".join(lines) + "\n"
@@ -90,12 +90,10 @@ class Script:
             return [str(self._transactions[who].phase)]
         transaction = self._transactions.setdefault(who, Transaction(ID))
         event = self._event(verb, rest)
-        phase = transaction.phase
         try:
             actions = transaction.step(event)
         except ProtocolError:
             return [f"ProtocolError: {verb} is refused while {transaction.phase}"]
-        self.reached.add((phase, type(event)))
         told = [str(transaction.phase)]
         if transaction.outcome is not None:
             told.append(str(transaction.outcome))
@@ -107,7 +105,7 @@ class Script:
             found = [branch(name) for name in rest]
             self._names |= {each.id: each.participant for each in found}
             return Transaction.in_doubt(ID, found)
-        claims = ()
+        claims: tuple[Claim, ...] = ()
         if "claiming" in rest:
             claims = (Claim("key", rest[rest.index("claiming") + 1]),)
         return Transaction(ID, claims=claims, handed="handed" in rest)

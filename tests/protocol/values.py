@@ -6,16 +6,23 @@ from collections.abc import Sequence
 
 from coordinator.events import (
     Action,
+    Answered,
     AskLastResource,
     Commit,
     CommitOnePhase,
+    CommitRequested,
     Decide,
+    Decided,
+    Enlisted,
     Event,
+    Finished,
     Forget,
     Prepare,
     RecordAnswer,
     Report,
+    Resolved,
     Rollback,
+    Voted,
 )
 from coordinator.model import (
     Branch,
@@ -66,6 +73,21 @@ def steps(transaction: Transaction, *events: Event) -> list[Action]:
     return actions
 
 
+def preparing(*branches: Branch, handed: bool = False) -> Transaction:
+    """A transaction whose branches have been asked to prepare."""
+    transaction = Transaction(ID, handed=handed)
+    steps(transaction, *(Enlisted(each, last_resource=each == K) for each in branches))
+    steps(transaction, CommitRequested())
+    return transaction
+
+
+def proposed(*branches: Branch) -> Transaction:
+    """A transaction whose commit, or delegation, has been proposed."""
+    transaction = preparing(*branches)
+    steps(transaction, *(Voted(each.id, PREPARED) for each in branches))
+    return transaction
+
+
 def state_of(transaction: Transaction) -> dict[str, object]:
     """All that a transaction holds, copied, so that a later change cannot hide in it."""
     held: dict[str, object] = {}
@@ -100,6 +122,28 @@ def describe(action: Action, names: dict[BranchId, str]) -> str:
             return f"Report {reported.participant}: {ending.kind} ({ending.evidence})"
         case Prepare(target) | CommitOnePhase(target) | Commit(target) | Rollback(target):
             return f"{type(action).__name__} {target.participant}"
+
+
+def tell(event: Event) -> str:
+    """One event as a reader would say it."""
+    match event:
+        case Enlisted(enlisted, vote):
+            told = f" {vote.kind}" if vote is not None else ""
+            return f"Enlisted {enlisted.participant}{told}"
+        case Voted(branch_id, vote):
+            return f"Voted {_name(branch_id)} {vote.kind}"
+        case Finished(branch_id, ending):
+            return f"Finished {_name(branch_id)} {ending.kind}"
+        case Decided(decision, _, answer):
+            answered = f", answered {answer}" if answer is not None else ""
+            return f"Decided {describe_decision(decision)}{answered}"
+        case Answered(verdict) | Resolved(verdict):
+            return f"{type(event).__name__} {verdict}"
+    return type(event).__name__
+
+
+def _name(branch_id: BranchId) -> str:
+    return bytes.fromhex(branch_id).lstrip(b"\0").decode(errors="replace")
 
 
 def kinds(actions: Sequence[Action]) -> list[str]:

@@ -1,0 +1,206 @@
+"""The command `syncpoint`: its options, and how it ends.
+
+Exit codes: 0 done, 1 it went wrong, 2 a wrong option or file, 130 interrupted by Ctrl-C, 143 by
+SIGTERM; a command's own codes stand in its help. An error is one line on stderr that says what to
+do next. Commands are imported when they run, so that help needs nothing but the core.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from coordinator.commands.output import one_line
+from coordinator.errors import ConfigurationError, TransactionError
+
+PROGRAM = "syncpoint"
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
+
+app = typer.Typer(
+    name=PROGRAM,
+    help=(
+        "Distributed transactions for Python: all of it or none of it, whoever crashes and "
+        "whenever.\n\nNew here? `syncpoint demo` shows in half a minute what it is for."
+    ),
+    epilog="Errors are one line on stderr. A wrong option or file exits 2, Ctrl-C 130.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Machine-readable output on stdout, and nothing else there.")
+]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code; the console script's entry point."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = app(arguments, prog_name=PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+        if code == EXIT_INTERRUPTED:  # what Typer makes of KeyboardInterrupt
+            raise KeyboardInterrupt
+    except typer.TyperException as error:
+        return _failed(_with_hint(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _failed("interrupted; everything that was started here is stopped", EXIT_INTERRUPTED)
+    except ConfigurationError as error:
+        return _failed(str(error), EXIT_USAGE)
+    except TransactionError as error:
+        return _failed(str(error), EXIT_FAILED)
+    except BrokenPipeError:
+        return _reader_gone()
+    return code if isinstance(code, int) else 0
+
+
+@app.callback(invoke_without_command=True)
+def _global(
+    context: typer.Context,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Write the log of what happens to stderr.")
+    ] = False,
+) -> None:
+    if show_version:
+        print(f"{PROGRAM} {version('syncpoint')}")
+        raise typer.Exit
+    logging.basicConfig(
+        level=logging.DEBUG if verbose else logging.CRITICAL,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+    )
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+@app.command()
+def demo(
+    transfers: Annotated[
+        int, typer.Option(min=1, max=100_000, help="How many transfers to run before the crashes.")
+    ] = 400,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="Leave the two servers running at the end, until Ctrl-C.")
+    ] = False,
+) -> int:
+    """Show the problem and the answer on two real PostgreSQL servers, in half a minute.
+
+    Starts two servers of its own (no root, no Docker), moves money between them, kills a process
+    with `kill -9` between the two commits, with hand-written code and with Syncpoint, and recovers.
+    Exits 0 if everything came out as told, 1 if not.
+    """
+    with _packages_of_demo():
+        from coordinator.commands.demo import story
+
+    return story.run(transfers=transfers, keep=keep)
+
+
+@app.command()
+def recover(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="The configuration file; without it the one that SYNCPOINT_CONFIG names.",
+            show_default="./syncpoint.toml",
+        ),
+    ] = None,
+    application: Annotated[
+        str | None,
+        typer.Option(
+            "--app",
+            metavar="MODULE:ATTRIBUTE",
+            help="Take the coordinator object of a service's own code instead of a file.",
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only tell what would be done.")
+    ] = False,
+    wait: Annotated[
+        float,
+        typer.Option(
+            min=0, metavar="SECONDS", help="Keep trying for so long, until nothing is in doubt."
+        ),
+    ] = 0,
+    json: Json = False,
+) -> int:
+    """Finish what crashes have left behind: one recovery run, now.
+
+    Commits what the log says is committed, rolls back what nobody decided, leaves alone what a
+    living process still works on. Safe to run at any time and several times at once. A participant
+    that cannot be reached does not stop the recovery of the others.
+
+    Exits 0 when nothing is left, 3 when something is still in doubt, 4 when a person is needed.
+    """
+    from coordinator.commands.recover import locate, run
+
+    return run(locate(config, application), dry_run=dry_run, wait=wait, as_json=json)
+
+
+@app.command()
+def bench(
+    clients: Annotated[
+        str, typer.Option(metavar="N,N,…", help="How many transfers run at once, in turn.")
+    ] = "1,8,32",
+    rounds: Annotated[
+        int, typer.Option(min=1, max=1000, help="Rounds; the medians over them are told.")
+    ] = 5,
+    seconds: Annotated[
+        float, typer.Option(min=0.05, max=3600, help="Length of one measurement.")
+    ] = 3.0,
+    json: Json = False,
+) -> int:
+    """Measure transfers over two databases, against hand-written loops on the same servers.
+
+    Starts two servers of its own. The hand-written loops prepare and commit on both sides in
+    parallel, without any log, so they lose money in a crash: they are what the databases allow.
+    """
+    with _packages_of_demo():
+        from coordinator.commands.bench import run
+
+    return run.run(clients=run.parse_clients(clients), rounds=rounds, seconds=seconds, as_json=json)
+
+
+@contextmanager
+def _packages_of_demo() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{error}; this command needs more packages: pip install 'syncpoint[demo]'"
+        ) from error
+
+
+def _failed(message: str, code: int) -> int:
+    print(f"{PROGRAM}: {one_line(message)}", file=sys.stderr)
+    return code
+
+
+def _with_hint(error: typer.TyperException) -> str:
+    context: Any = getattr(error, "ctx", None)
+    path = context.command_path if context is not None else PROGRAM
+    return f"{error.format_message().rstrip('.')}; see `{path} --help`"
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """End as after Ctrl-C, through every `finally`, so that no server is left running."""
+    sys.exit(EXIT_TERMINATED)
+
+
+def _reader_gone() -> int:
+    """Whoever read our output has had enough; Python must not complain about it at exit."""
+    sys.stdout = None
+    return EXIT_FAILED

@@ -1,0 +1,13 @@
+"""Fixtures that every test may ask for; servers are started when the first test asks."""
+
+from __future__ import annotations
+
+from tests.support.postgres import (
+    accounts,
+    database,
+    postgres_server,
+    postgres_servers,
+    second_database,
+)
+
+__all__ = ["accounts", "database", "postgres_server", "postgres_servers", "second_database"]

@@ -1,0 +1,257 @@
+"""The command line: its help, its errors, its exit codes, and `syncpoint recover`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from coordinator.cli import main
+from coordinator.commands.demo.crash import kill_at
+from coordinator.commands.demo.stage import Database, Stage
+from coordinator.commands.demo.transfer import BEFORE_DECISION, BETWEEN_COMMITS
+from coordinator.model import Xid
+from participants.postgres.embedded import EmbeddedServer
+
+ACCOUNT, AMOUNT = 3, 100
+
+
+def crash(config: Path, point: str) -> None:
+    """Kill a service in the middle of one transfer."""
+    kill_at("coordinator.commands.demo.transfer", str(config), point, str(ACCOUNT), str(AMOUNT))
+
+
+@pytest.fixture(scope="module")
+def stage(postgres_servers: tuple[EmbeddedServer, EmbeddedServer]) -> Stage:
+    first, second = (server.start() for server in postgres_servers)
+    stage = Stage(
+        Database("accounts", first, first.create_database("cli_accounts")),
+        Database("ledger", second, second.create_database("cli_ledger")),
+    )
+    for database in stage.databases:
+        database.create()
+    return stage
+
+
+@pytest.fixture
+def config(stage: Stage, tmp_path: Path) -> Path:
+    """Of a service whose log is new."""
+    assert stage.prepared() == []
+    return stage.write_config(tmp_path)
+
+
+def test_help_names_the_commands_and_nothing_that_is_not_there(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for command in ("demo", "recover", "bench"):
+        assert f"│ {command} " in shown
+    for not_built in ("│ serve", "│ worker", "│ drain"):
+        assert not_built not in shown
+    assert main([]) == 0
+    assert capsys.readouterr().out == shown
+
+
+@pytest.mark.parametrize("command", ["demo", "recover", "bench"])
+def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert f"Usage: syncpoint {command}" in shown
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("syncpoint ")
+
+
+def test_python_m_coordinator_is_the_same_program() -> None:
+    finished = subprocess.run(
+        [sys.executable, "-m", "coordinator", "recover", "--nope"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert finished.returncode == 2
+    assert finished.stdout == ""
+    assert finished.stderr == (
+        "syncpoint: No such option: --nope; see `syncpoint recover --help`\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nonsense"], "see `syncpoint --help`"),
+        (["demo", "--transfers", "none"], "see `syncpoint demo --help`"),
+        (["bench", "--clients", "1,x"], "write numbers, such as 1,8,32"),
+        (["bench", "--clients", "0"], "each is 1 to"),
+        (["recover", "--config", "absent.toml"], "absent.toml: no such file. Create it"),
+        (["recover"], "syncpoint.toml: no such file. Create it"),
+        (["recover", "--app", "shop"], "write it as shop.db:coordinator"),
+        (["recover", "--app", "no_such:thing"], "No module named 'no_such'; name a module"),
+        (["recover", "--app", "json:nothing"], "name a module that can be imported"),
+        (["recover", "--app", "json:dumps"], "name a Coordinator object"),
+        (["recover", "--app", "a:b", "--config", "c.toml"], "give one of them"),
+    ],
+)
+def test_a_wrong_option_or_file_exits_2_with_one_line(
+    arguments: list[str],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SYNCPOINT_CONFIG", raising=False)
+    assert main(arguments) == 2
+    output, errors = capsys.readouterr()
+    assert output == ""
+    assert errors.startswith("syncpoint: ") and errors.count("\n") == 1
+    assert said in errors
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("cluster = ", "bad.toml: Invalid value"),
+        ('cluster = "shop"\n', "log is None"),
+        ('cluster = "shop"\nlog = "memory:"\nlogs = 1\n', "unknown key 'logs'"),
+        ('cluster = "shop"\nlog = "carrier:pigeon"\n', "carrier:"),
+        ('cluster = "s"\nlog = "memory:"\n[participants.a]\nkind = "oracle"\n', "unknown kind"),
+    ],
+)
+def test_a_bad_file_is_answered_in_one_line(
+    text: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "bad.toml").write_text(text)
+    monkeypatch.setenv("SYNCPOINT_CONFIG", str(tmp_path / "bad.toml"))
+    assert main(["recover"]) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.count("\n") == 1
+    assert said in errors
+
+
+class TestRecover:
+    def test_healthy_databases_have_nothing_in_doubt(
+        self, config: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        assert main(["recover", "--config", str(config)]) == 0
+        assert capsys.readouterr() == ("Nothing is in doubt.\n", "")
+
+    def test_a_transfer_killed_between_its_commits_is_completed(
+        self, config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = stage.total()
+        crash(config, BETWEEN_COMMITS)
+        assert stage.total() == before - AMOUNT
+        assert main(["recover", "--config", str(config), "--json"]) == 0
+        output, errors = capsys.readouterr()
+        told = json.loads(output)
+        assert errors == "" and output.count("\n") == 1
+        assert (told["committed"], told["rolled_back"], told["in_doubt"]) == (1, 0, [])
+        assert [each["result"] for each in told["transactions"]] == ["committed"]
+        assert stage.total() == before and stage.prepared() == []
+
+    def test_a_transfer_killed_before_its_decision_is_rolled_back(
+        self, config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = [stage.accounts.balance(ACCOUNT), stage.ledger.balance(ACCOUNT)]
+        crash(config, BEFORE_DECISION)
+        assert len(stage.prepared()) == 2
+        assert main(["recover", "--config", str(config)]) == 0
+        output = capsys.readouterr().out
+        assert "0 committed, 1 rolled back, 0 still in doubt, 0 for a person." in output
+        assert [stage.accounts.balance(ACCOUNT), stage.ledger.balance(ACCOUNT)] == before
+        assert stage.prepared() == []
+
+    def test_a_dry_run_only_tells(
+        self, config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        crash(config, BETWEEN_COMMITS)
+        in_doubt = stage.prepared()
+        assert main(["recover", "--config", str(config), "--dry-run", "--json"]) == 3
+        told = json.loads(capsys.readouterr().out)
+        assert [each["result"] for each in told["transactions"]] == ["would commit"]
+        assert told["dry_run"] is True and told["committed"] == 0
+        assert stage.prepared() == in_doubt
+        assert main(["recover", "--config", str(config)]) == 0
+
+    def test_a_server_that_is_down_is_named_and_stops_nobody_else(
+        self, config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = stage.total()
+        crash(config, BEFORE_DECISION)
+        stage.ledger.server.stop()
+        try:
+            assert main(["recover", "--config", str(config)]) == 3
+        finally:
+            stage.ledger.server.start()
+        errors = capsys.readouterr().err
+        assert errors.startswith("syncpoint: participant ledger cannot be reached: ")
+        assert "syncpoint recover" in errors and errors.count("\n") == 1
+        assert stage.accounts.prepared() == [] and len(stage.ledger.prepared()) == 1
+        assert main(["recover", "--config", str(config)]) == 0
+        assert stage.total() == before and stage.prepared() == []
+
+    def test_a_decided_transfer_waits_for_the_server_that_is_down(
+        self, config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        before = stage.total()
+        crash(config, BETWEEN_COMMITS)
+        (left,) = stage.ledger.prepared()
+        stage.ledger.server.stop()
+        try:
+            assert main(["recover", "--config", str(config), "--json"]) == 3
+        finally:
+            stage.ledger.server.start()
+        told = json.loads(capsys.readouterr().out)
+        xid = Xid.parse(left)
+        assert xid is not None and told["in_doubt"] == [xid.transaction]
+        assert told["transactions"][0]["result"] == "in doubt: waits for ledger"
+        assert list(told["unreachable"]) == ["ledger"]
+        assert main(["recover", "--config", str(config)]) == 0
+        assert stage.total() == before and stage.prepared() == []
+
+    def test_wait_goes_on_until_the_server_is_back(self, config: Path, stage: Stage) -> None:
+        before = stage.total()
+        crash(config, BETWEEN_COMMITS)
+        stage.ledger.server.stop()
+        recovery = subprocess.Popen(
+            [sys.executable, "-m", "coordinator", "-v", "recover", "--wait", "60",
+             "--config", str(config)],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            assert recovery.stderr is not None
+            # Its log says that one whole run is over, without the ledger.
+            assert any("coordinator" in line and "open:" in line for line in recovery.stderr)
+        finally:
+            stage.ledger.server.start()
+        output, _ = recovery.communicate(timeout=60)
+        assert recovery.returncode == 0
+        assert "1 committed" in output
+        assert stage.total() == before and stage.prepared() == []
+
+    def test_an_application_can_name_its_coordinator(
+        self,
+        config: Path,
+        stage: Stage,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        crash(config, BETWEEN_COMMITS)
+        (config.parent / "shop_of_test.py").write_text(
+            "from coordinator import Coordinator\n"
+            f"coordinator = Coordinator.from_config({str(config)!r})\n"
+        )
+        monkeypatch.chdir(config.parent)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        assert main(["recover", "--app", "shop_of_test:coordinator"]) == 0
+        assert "1 committed" in capsys.readouterr().out
+        assert stage.prepared() == []

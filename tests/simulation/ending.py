@@ -1,0 +1,97 @@
+"""After healing: a bounded number of rounds, and nothing may be left.
+
+First all that was begun must end while its records are kept; then time passes, fresh transactions
+must commit, and the log must have emptied itself below the horizon.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from coordinator.model import TransactionId
+from tests.simulation.checkers import ABORTED, Violation
+from tests.simulation.clients import Client, Plan
+from tests.simulation.faults import RETENTION, SWEEP_INTERVAL, TIMEOUT_MAX
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+SETTLE = TIMEOUT_MAX * 1.5 + 4 * SWEEP_INTERVAL + 2.0
+FORGET = RETENTION + 4.0 + 5 * SWEEP_INTERVAL
+
+
+def require_an_end(world: World) -> None:
+    world.last_resource.expire()
+    world.run_until(world.now + SETTLE)
+    _nothing_is_left_open(world)
+    for truth in world.checker.truths.values():
+        world.poll(truth)
+    old = max(world.checker.truths, default=None)
+    _let_time_pass(world)
+    probes = [_Probe(world, place) for place in range(world.options.processes)]
+    world.run_until(world.now + 1.0)
+    for probe in probes:
+        probe.begin_now()
+    world.run_until(world.now + 3 * SWEEP_INTERVAL)
+    for probe in probes:
+        probe.require_commit()
+    world.run_until(world.now + 2 * SWEEP_INTERVAL)
+    if old is not None:
+        _the_log_is_empty(world, old)
+    world.checker.at_the_end()
+    for truth in world.checker.truths.values():
+        world.poll(truth)
+
+
+def _nothing_is_left_open(world: World) -> None:
+    world.checker.at_the_end()
+    for log in world.logs:
+        incidents = {incident.gid for incident in log.register.incidents()}
+        for record in log.register.scan(None, 1000).records:
+            waits = [b for b in record.decision.branches if b.id not in record.ended]
+            if waits and all(str(branch.xid) in incidents for branch in waits):
+                continue
+            raise Violation("I6", f"{record} is unfinished in {log}")
+    for process in world.processes:
+        if process.drivers:
+            driver = next(iter(process.drivers.values()))
+            raise Violation("I6", f"{process} still drives {driver.core!r}")
+
+
+def _let_time_pass(world: World) -> None:
+    """Nothing but time goes by: clocks move on, no event is due earlier than it was."""
+    world.epoch_ms += int(FORGET * 1000)
+
+
+def _the_log_is_empty(world: World, newest: TransactionId) -> None:
+    for log in world.logs:
+        if log.horizon <= newest:
+            raise Violation("I6", f"the horizon of {log} stays at {log.horizon}")
+        incidents = {incident.gid for incident in log.register.incidents()}
+        for record in log.register.scan(None, 1000, unfinished_only=False).records:
+            waits = [b for b in record.decision.branches if b.id not in record.ended]
+            if record.transaction > newest or any(str(b.xid) in incidents for b in waits):
+                continue
+            raise Violation("I6", f"{record} is below the horizon and stays in {log}")
+
+
+class _Probe:
+    """A fresh transaction after healing, which nothing can hinder."""
+
+    def __init__(self, world: World, place: int) -> None:
+        self.world = world
+        from random import Random
+
+        plan = Plan(1000 + place, Random(place), world.options)
+        plan.shape, plan.place, plan.seconds, plan.work = "plain", place, 1.0, 0.01
+        plan.error, plan.meddle_at, plan.polls = False, -1.0, []
+        plan.branches = [(0, True, False), (1, True, False)]
+        self.client = Client(world, plan)
+
+    def begin_now(self) -> None:
+        self.client.start()
+
+    def require_commit(self) -> None:
+        slots = self.client.truth.slots if hasattr(self.client, "truth") else []
+        if not slots or any(slot.state == ABORTED for slot in slots):
+            raise Violation("I6", f"a fresh transaction did not commit after healing: {slots}")

@@ -1,0 +1,143 @@
+"""The decision log as a server: the real `Register`, reached by messages and watched from outside.
+
+Each method is one message's worth of work, so one atomic step. Answers are never None; a caller
+that gets None lost the answer, or the question, and does not know which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from coordinator.log.base import (
+    Answer,
+    BelowHorizon,
+    Incident,
+    LogIdentity,
+    Mark,
+    Page,
+    Proposal,
+    Reading,
+    Resource,
+    Stands,
+)
+from coordinator.model import Claim, Decision, LogId, TransactionId, Verdict
+from tests.simulation.faults import KEY_RETENTION
+
+if TYPE_CHECKING:
+    from tests.simulation.resources import Slot
+    from tests.simulation.world import World
+
+PAGE = 1000
+
+
+class LogServer:
+    """One log of the world, with the names of keys' current attempts beside the register."""
+
+    def __init__(self, world: World, number: int) -> None:
+        self.world = world
+        self.id = LogId(f"{number:016x}")
+        self.down = False
+        self.register = world.parts.register(LogIdentity(self.id, world.epoch_ms - 60_000))
+        self.attempts: dict[str, TransactionId] = {}
+
+    def __repr__(self) -> str:
+        return f"<log {self.id[-4:]}>"
+
+    @property
+    def horizon(self) -> TransactionId:
+        return self.register.horizon
+
+    def propose(self, proposal: Proposal) -> Answer:
+        answer = self.register.propose(proposal)
+        self.world.checker.proposed(proposal, answer)
+        if isinstance(answer, BelowHorizon):
+            self.world.count("a proposal is refused below the horizon")
+        elif isinstance(answer, Stands) and not answer.ours:
+            self._count_loser(proposal.decision, answer.record.decision)
+        if self.world.trace is not None:
+            self.world.note(f"{self}: {proposal.decision.verdict} {proposal.transaction}: {answer}")
+        return answer
+
+    def _count_loser(self, proposed: Decision, stands: Decision) -> None:
+        if proposed.verdict is Verdict.ABORT and stands.verdict is not Verdict.ABORT:
+            self.world.count("S04 recovery finds a commit standing and obeys")
+        elif proposed.verdict is not Verdict.ABORT and stands.verdict is Verdict.ABORT:
+            self.world.count("S10 a commit comes after another's abort")
+
+    def record_answer(self, request: tuple[TransactionId, Verdict]) -> tuple[Verdict | None]:
+        stands = self.register.record_answer(*request)
+        self.world.checker.answered(request[0], stands)
+        if self.world.trace is not None:
+            self.world.note(f"{self}: answer {request[1]} for {request[0]}: {stands}")
+        return (stands,)
+
+    def read(self, transaction: TransactionId) -> Reading:
+        return self.register.read(transaction)
+
+    def read_many(self, transactions: Sequence[TransactionId]) -> list[Reading]:
+        return [self.register.read(transaction) for transaction in transactions]
+
+    def read_claim(self, claim: Claim) -> tuple[TransactionId | None]:
+        return (self.register.read_claim(claim),)
+
+    def scan(self, after: TransactionId | None) -> Page:
+        return self.register.scan(after, PAGE)
+
+    def finish(self, marks: Sequence[Mark]) -> bool:
+        self.register.finish(marks)
+        return True
+
+    def raise_horizon(self, to: TransactionId) -> TransactionId:
+        return self.register.raise_horizon(to)
+
+    def forget(self, now_ms: int) -> tuple[int]:
+        before = dict(self.register._records)
+        gone = self.register.forget(PAGE, claims_before_ms=now_ms - int(KEY_RETENTION * 1000))
+        if gone:
+            left = self.register._records
+            deleted = [record for each, record in before.items() if each not in left]
+            self.world.checker.deleted(deleted, self.register.horizon)
+            self.world.count("records are forgotten", gone)
+            if self.world.trace is not None:
+                self.world.note(f"{self}: forgets {[each.transaction for each in deleted]}")
+        return (gone,)
+
+    def swept(self, marks: Sequence[tuple[str, TransactionId, int]]) -> bool:
+        for name, clear, swept_ms in marks:
+            if swept_ms >= self.register._resources[name].swept_ms:  # PENDING F2
+                import msgspec
+                self.register._resources[name] = msgspec.structs.replace(self.register._resources[name], clear=clear, swept_ms=swept_ms)
+        return True
+
+    def resources(self, _: None) -> Sequence[Resource]:
+        return self.register.resources()
+
+    def report(self, request: tuple[Incident, Slot, float]) -> bool:
+        """Keep an incident, and tell the checker of a quarantine with the time of its refusal."""
+        incident, slot, refused_at = request
+        self.register.report(incident)
+        if self.world.trace is not None:
+            self.world.note(f"{self}: incident {incident.kind or 'quarantine'} of {slot}")
+        if incident.kind is None:
+            self.world.quarantined(slot, refused_at)
+        else:
+            slot.shown = True
+        return True
+
+    def incidents(self, _: None) -> Sequence[Incident]:
+        return self.register.incidents()
+
+    # Idempotency keys: the name of the current attempt, moved by compare-and-set.
+
+    def read_attempt(self, key: str) -> tuple[TransactionId | None]:
+        return (self.attempts.get(key),)
+
+    def name_attempt(
+        self, request: tuple[str, TransactionId | None, TransactionId]
+    ) -> tuple[TransactionId | None]:
+        """Name `new` the current attempt if `expected` still is; returns what stands."""
+        key, expected, new = request
+        if self.attempts.get(key) == expected:
+            self.attempts[key] = new
+        return (self.attempts.get(key),)
