@@ -15,10 +15,12 @@ setup: $(INSTALLED)  ## create .venv and install everything that development nee
 
 # Runs again only when pyproject.toml has changed. uv is used where it is there, since it is faster.
 $(INSTALLED): pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	    echo "Syncpoint needs Python 3.11 or later, but $(PYTHON) is" \
-	        "$$($(PYTHON) --version 2>&1 || echo not there)." \
-	        "Name another one: make $(or $(MAKECMDGOALS),setup) PYTHON=python3.12" >&2; exit 1; }
+	        "$$($(PYTHON) --version 2>/dev/null || echo 'not there')." \
+	        "Name another one: make $(or $(firstword $(MAKECMDGOALS)),setup) PYTHON=python3.12" >&2; \
+	    exit 1; }
+	@echo "Installing into .venv: the first time this takes a minute"
 	@if command -v uv >/dev/null; then \
 	    { test -x $(BIN)/python || uv venv --quiet --python "$(PYTHON)" .venv; } && \
 	    uv pip install --quiet --python $(BIN)/python -e '.[dev]'; \

@@ -57,7 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.TyperException as error:
         return _failed(_with_hint(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        return _failed("interrupted; everything that was started here is stopped", EXIT_INTERRUPTED)
+        return _failed(
+            "interrupted; nothing is left running, and it can be run again", EXIT_INTERRUPTED
+        )
     except ConfigurationError as error:
         return _failed(str(error), EXIT_USAGE)
     except TransactionError as error:

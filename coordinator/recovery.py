@@ -98,7 +98,13 @@ class Recovery:
         }
         seen = [branch for branches in found.values() for branch in branches]
         records = await self._read_records(seen, report)
-        parked = {t for t, record in records.items() if _is_parked(record, quarantined)}
+        in_sight = {branch.xid.transaction for branch in seen}
+        parked = {
+            transaction
+            for transaction, record in records.items()
+            # A branch that the record does not name has still to be rolled back.
+            if transaction not in in_sight and _is_parked(record, quarantined)
+        }
         cases = self._watch.judge(
             now=asyncio.get_running_loop().time(),
             alive=alive,
@@ -106,7 +112,7 @@ class Recovery:
             records=records,
             driven_here=engine.drivers.keys() | report.unreadable.keys() | parked,
         )
-        report.in_doubt = {branch.xid.transaction for branch in seen}
+        report.in_doubt = set(in_sight)
         report.in_doubt |= {t for t, r in records.items() if not r.finished and t not in parked}
         report.cases = cases
         if not dry_run:

@@ -6,7 +6,6 @@ connections are answers here, read by `replies`. This is the border where psycop
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from psycopg import AsyncConnection, generators, waiting
 from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
-from participants.postgres import statements
+from participants.postgres import psycopg_private, statements
 from participants.postgres.replies import DatabaseUnavailable, Reply, is_replication_warning
 from participants.postgres.statements import Greeting
 
@@ -48,7 +47,7 @@ class ServerConnection:
         """
         raw = await AsyncConnection.connect(conninfo, autocommit=True)
         try:
-            reply = await _ask(raw.pgconn, statements.GREET)
+            reply = await _ask(raw.pgconn, statements.GREET, ANSWER_SECONDS_MAX)
             if not reply.succeeded or not reply.rows:
                 raise DatabaseUnavailable(f"the server does not say who it is: {reply}")
             greeting = Greeting.read(reply)
@@ -57,9 +56,14 @@ class ServerConnection:
                 # transaction, and with it the statements prepared in it.
                 raw.prepare_threshold = None
             if greeting.synchronous_commit not in statements.REPLICATED:
-                await _ask(raw.pgconn, statements.REPLICATE_SESSION)
+                await _ask(raw.pgconn, statements.REPLICATE_SESSION, ANSWER_SECONDS_MAX)
             if configure is not None:
                 await configure(raw)
+        except psycopg_private.WaitTimeout as error:
+            raw.pgconn.finish()
+            raise DatabaseUnavailable(
+                "the server accepts connections but does not answer"
+            ) from error
         except BaseException:
             raw.pgconn.finish()
             raise
@@ -72,9 +76,8 @@ class ServerConnection:
         """
         self._interrupted = True
         try:
-            async with asyncio.timeout(seconds):
-                reply = await _ask(self.pgconn, statement)
-        except TimeoutError:
+            reply = await _ask(self.pgconn, statement, seconds)
+        except psycopg_private.WaitTimeout:
             return Reply(message=f"no answer within {seconds:.3g} s", connected=False)
         self._interrupted = False
         self.found_dead = not reply.connected
@@ -96,7 +99,7 @@ class ServerConnection:
             self.pgconn.finish()
 
 
-async def _ask(pgconn: PGconn, statement: bytes) -> Reply:
+async def _ask(pgconn: PGconn, statement: bytes, seconds: float) -> Reply:
     unconfirmed = False
 
     def on_notice(notice: PGresult) -> None:
@@ -111,7 +114,7 @@ async def _ask(pgconn: PGconn, statement: bytes) -> Reply:
     try:
         pgconn.send_query(statement)
         results = await waiting.wait_async(
-            generators.execute(pgconn), pgconn.socket, interval=_WAKE_SECONDS
+            generators.execute(pgconn), pgconn.socket, interval=_WAKE_SECONDS, timeout=seconds
         )
     except psycopg.Error as error:
         return Reply(message=str(error).strip(), connected=False)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Collection, Generator
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -72,10 +73,10 @@ class PostgreSQL:
     ) -> None:
         self._name = check_name(name)
         self._location = Location(name, url)
-        if not 1 <= pool_size <= POOL_SIZE_MAX:
+        if not isinstance(pool_size, int) or not 1 <= pool_size <= POOL_SIZE_MAX:
             raise ConfigurationError(
                 f"participant {name!r}: pool_size is 1 to {POOL_SIZE_MAX} connections, "
-                f"not {pool_size}"
+                f"not {pool_size!r}"
             )
         self._pool_size = pool_size
         self._begin = Begin(
@@ -101,6 +102,9 @@ class PostgreSQL:
 
     async def open(self, binding: Binding) -> str:
         """Connect, check the server's settings, and return its identity."""
+        if self._open is not None and self._open.loop.is_closed():
+            with suppress(RuntimeError):  # its loop ended without closing the coordinator
+                await self.close()
         if self._open is not None:
             raise ConfigurationError(
                 f"participant {self._name!r} is open already, for cluster "
@@ -246,6 +250,7 @@ class _Open:
 
     def __init__(self, participant: PostgreSQL, binding: Binding, greeting: Greeting) -> None:
         self.binding = binding
+        self.loop = asyncio.get_running_loop()
         self.by_branch: dict[BranchId, Work] = {}
         self.in_doubt: dict[BranchId, int] = {}
         self.pool = Pool(self._connect, participant._pool_size)
@@ -364,7 +369,7 @@ class _Open:
 def _milliseconds(name: str, what: str, seconds: float | None) -> int | None:
     if seconds is None:
         return None
-    if not 0 < seconds <= 86_400:
+    if not isinstance(seconds, int | float) or not 0 < seconds <= 86_400:
         raise ConfigurationError(
             f"participant {name!r}: {what} is a number of seconds up to a day, not {seconds!r}"
         )

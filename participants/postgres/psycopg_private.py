@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from psycopg import AsyncConnection
+from psycopg import AsyncConnection, errors
 from psycopg.adapt import AdaptersMap
+
+WaitTimeout = errors._WaitTimeout
+"""What `psycopg.waiting` raises when an exchange takes longer than it was given."""
 
 
 def share_session_state(source: AsyncConnection[Any], lease: AsyncConnection[Any]) -> None:

@@ -24,11 +24,12 @@ SELECT pg_is_in_recovery(),
        pg_backend_pid()
 """
 
-# Whether the branch is still the one that was begun, and whether it wrote anything.
+# Whether the branch is still the one that was begun, and whether it wrote anything. A serializable
+# one counts as a writer: its reads alone can make its commit fail.
 EXAMINE = b"""
 SELECT current_setting('syncpoint.branch', true),
-       pg_current_xact_id_if_assigned(),
-       current_setting('transaction_isolation'),
+       CASE WHEN current_setting('transaction_isolation') = 'serializable'
+            THEN pg_current_xact_id() ELSE pg_current_xact_id_if_assigned() END,
        current_setting('synchronous_commit')
 """
 
@@ -65,20 +66,18 @@ class Greeting(msgspec.Struct, frozen=True):
 
 
 class Examination(msgspec.Struct, frozen=True):
-    """`xid8` is None as long as the branch has written nothing."""
+    """`xid8`, the transaction number, is None when the branch has written nothing."""
 
     marker: str
     xid8: int | None
-    serializable: bool
     replicated: bool
 
     @classmethod
     def read(cls, reply: Reply) -> Examination:
-        marker, xid8, isolation, synchronous = reply.rows[0]
+        marker, xid8, synchronous = reply.rows[0]
         return cls(
             marker=marker or "",
             xid8=None if xid8 is None else int(xid8),
-            serializable=isolation == "serializable",
             replicated=synchronous in REPLICATED,
         )
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from psycopg.pq import TransactionStatus
 
-from coordinator.errors import ProtocolError, TransactionAborted
+from coordinator.errors import ProtocolError, TransactionAborted, TransactionError
 from coordinator.model import FINISHED, Ending, EndingKind, Verdict, Vote, VoteKind, Xid
 from participants.postgres import psycopg_private, statements
 from participants.postgres.connection import ANSWER_SECONDS_MAX, ServerConnection
@@ -63,12 +63,21 @@ class Work:
         self._deadline = deadline
         self._session: ServerConnection | None = None
         self._begin_failed = ""
+        self._ended = False
 
     async def begin(self, session: ServerConnection, begin: statements.Begin) -> Lease[Any]:
         """Send BEGIN and lend the session; a session found dead is replaced once.
 
-        Takes the session over, also when it raises `TransactionAborted`.
+        Takes the session over, whatever it raises: `TransactionAborted` with the server's answer,
+        `TransactionError` when the branch was ended meanwhile, and what opening one raises.
         """
+        async with self.lock:
+            return await self._begin(session, begin)
+
+    async def _begin(self, session: ServerConnection, begin: statements.Begin) -> Lease[Any]:
+        if self._ended:
+            self._pool.release(session)
+            raise TransactionError(f"{self._name}: {OVER}")
         self._session = session
         reply = await self._ask_to_begin(session, begin)
         if not reply.connected:
@@ -100,7 +109,7 @@ class Work:
         except Refused as refused:
             return refused.vote
         token = _token(found, session.greeting)
-        if found.xid8 is None and not found.serializable:
+        if found.xid8 is None:
             self.is_read_only = True
             return Vote(VoteKind.READ_ONLY, token)
         self.in_doubt = found.xid8
@@ -164,6 +173,7 @@ class Work:
 
     def lose(self, why: str) -> None:
         """Close the session at once; what was not prepared is rolled back by the server."""
+        self._ended = True
         if self.lease is not None:
             self.lease.lose(why)
         self._give_back()
@@ -255,6 +265,7 @@ class Work:
 
     def _take(self) -> ServerConnection | None:
         """End the lease and take its session; None, and closed, if it is busy, lost or gone."""
+        self._ended = True
         session, lease = self._session, self.lease
         if session is None or lease is None:
             return None

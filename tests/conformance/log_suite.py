@@ -92,7 +92,7 @@ CHECKS: dict[str, Check] = {}
 
 
 def check(function: Check) -> Check:
-    CHECKS[function.__name__] = function  # type: ignore[attr-defined]
+    CHECKS[function.__name__] = function
     return function
 
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from coordinator.errors import ConfigurationError, LogUnavailable
+from coordinator.errors import ConfigurationError, LogUnavailable, ProtocolError
 from coordinator.log.base import BelowHorizon, ClaimHeld, Incident, Log, Mark, Proposal, Record
 from coordinator.model import ABORT, EndingKind, TransactionId, Verdict, id_floor, id_time_ms
 from tests.conformance.log_suite import KEY, Place, check, finish_all, stands
@@ -172,12 +172,19 @@ async def a_resource_is_registered_and_swept(place: Place) -> None:
     resource = await one.register("orders", "system 7, database 5")
     assert (resource.name, resource.identity) == ("orders", "system 7, database 5")
     assert (resource.clear, resource.swept_ms) == (floor, place.identity.created_ms)
-    seen, later = place.draw(), place.draw()
+    early, late = place.draw(), place.draw()
     now = place.identity.created_ms + 60_000
-    await one.swept("orders", later, now)
-    await other.swept("orders", seen, now + 1)
-    again = await other.register("orders", "system 7, database 5")
-    assert (again.clear, again.swept_ms) == (later, now + 1), "what is clear only rises"
+    for clear, begun_ms, stands_now in (
+        (late, now, (late, now)),
+        (early, now - 1, (late, now)),  # an older scan, published late, says nothing
+        (early, now + 1, (early, now + 1)),  # the latest one saw more left to do
+        (late, now + 1, (late, now + 1)),
+    ):
+        await other.swept("orders", clear, begun_ms)
+        again = await one.register("orders", "system 7, database 5")
+        assert (again.clear, again.swept_ms) == stands_now
+    with pytest.raises(ProtocolError, match="stock"):
+        await one.swept("stock", late, now)
     await one.register("stock", "system 8, database 1")
     assert [each.name for each in await other.resources()] == ["orders", "stock"]
 

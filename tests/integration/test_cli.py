@@ -7,10 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psycopg
 import pytest
+from psycopg import sql
 
 from coordinator.cli import main
-from coordinator.commands.demo.crash import kill_at
+from coordinator.commands.demo.crash import kill_at, stopped_at
 from coordinator.commands.demo.stage import Database, Stage
 from coordinator.commands.demo.transfer import BEFORE_DECISION, BETWEEN_COMMITS
 from coordinator.model import Xid
@@ -19,9 +21,14 @@ from participants.postgres.embedded import EmbeddedServer
 ACCOUNT, AMOUNT = 3, 100
 
 
+def service(config: Path, point: str) -> tuple[str, ...]:
+    """The module and arguments of a service that stops at a point of its first transfer."""
+    return ("coordinator.commands.demo.transfer", str(config), point, str(ACCOUNT), str(AMOUNT))
+
+
 def crash(config: Path, point: str) -> None:
     """Kill a service in the middle of one transfer."""
-    kill_at("coordinator.commands.demo.transfer", str(config), point, str(ACCOUNT), str(AMOUNT))
+    kill_at(*service(config, point))
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +244,31 @@ class TestRecover:
         assert recovery.returncode == 0
         assert "1 committed" in output
         assert stage.total() == before and stage.prepared() == []
+
+    def test_what_a_living_process_works_on_is_left_alone(
+        self, config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with stopped_at(*service(config, BEFORE_DECISION)):
+            assert main(["recover", "--config", str(config)]) == 3
+            output, errors = capsys.readouterr()
+            assert "left alone" in output
+            assert "1 transaction still in doubt; run `syncpoint recover --wait 60`" in errors
+            assert len(stage.prepared()) == 2
+        assert main(["recover", "--config", str(config)]) == 0
+        assert stage.prepared() == []
+
+    def test_a_branch_ended_against_the_decision_needs_a_person(
+        self, config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        crash(config, BETWEEN_COMMITS)
+        (left,) = stage.ledger.prepared()
+        with psycopg.connect(stage.ledger.url, autocommit=True) as connection:
+            connection.execute(sql.SQL("ROLLBACK PREPARED {}").format(left))
+        for _ in range(2):
+            assert main(["recover", "--config", str(config)]) == 4
+            output, errors = capsys.readouterr()
+            assert "1 for a person." in output
+            assert errors.count("\n") == 1 and "mend them by hand" in errors
 
     def test_an_application_can_name_its_coordinator(
         self,

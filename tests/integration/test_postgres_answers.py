@@ -228,13 +228,14 @@ async def test_serialization_failure_is_retryable(accounts: PostgreSQL, database
 
 
 async def test_a_serializable_reader_is_prepared_since_its_reads_can_fail(
-    accounts: PostgreSQL,
+    accounts: PostgreSQL, database: str
 ) -> None:
     branch, vote = await vote_after(
-        accounts, "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE", "SELECT * FROM account"
+        accounts, "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE READ ONLY", "SELECT * FROM account"
     )
-    assert vote.kind is PREPARED
+    assert vote.kind is PREPARED and gids(database) == [str(branch.xid)]
     assert await accounts.commit(branch) == FINISHED
+    assert gids(database) == []
 
 
 async def test_read_only_keeps_its_notification_until_the_decision(

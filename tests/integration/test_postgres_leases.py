@@ -50,6 +50,7 @@ def running(url: str, part: str) -> bool:
 def test_the_private_names_of_psycopg_are_there() -> None:
     connection = AsyncConnection.__new__(AsyncConnection)
     psycopg._connection_base.BaseConnection.__init__(connection, _NoConnection())  # type: ignore[arg-type]
+    assert issubclass(psycopg_private.WaitTimeout, Exception)
     for name in ("_prepared", "_adapters", "_pipeline", "_autocommit"):
         assert hasattr(connection, name), name
     assert callable(connection._prepared.clear)
@@ -109,6 +110,30 @@ async def test_a_first_call_that_is_cancelled_leaves_the_next_to_open_it(
 
 async def _lease(participant: PostgreSQL) -> AsyncConnection[Any]:
     return await participant.connection()
+
+
+async def test_a_connection_that_opens_while_the_transaction_ends_is_refused(
+    accounts: PostgreSQL,
+) -> None:
+    """A stray task's BEGIN is on its way when the vote is asked for."""
+    participant = accounts
+    async with trial(bound(participant)) as transaction:
+        stray = asyncio.create_task(_lease(participant))
+        async with asyncio.timeout(10):
+            while not transaction.branches:
+                await asyncio.sleep(0)
+    vote = await participant.prepare(transaction.branch.xid)
+    leased: object = (await asyncio.gather(stray, return_exceptions=True))[0]
+    if isinstance(leased, AsyncConnection):  # BEGIN was faster
+        assert vote.kind is VoteKind.READ_ONLY
+        with pytest.raises(TransactionError):
+            await leased.execute("SELECT 1")
+    else:
+        assert vote.kind is VoteKind.ABORTED and isinstance(leased, TransactionError)
+    await participant.rollback(transaction.branch)
+    assert participant._open is not None
+    assert participant._open.by_branch == {} and participant._open._entries == {}
+    assert participant._open.pool._slots == participant._open.pool.size
 
 
 async def test_verbs_raise_and_say_what_to_do(accounts: PostgreSQL) -> None:

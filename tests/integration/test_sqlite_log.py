@@ -6,6 +6,7 @@ import asyncio
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
@@ -37,22 +38,26 @@ def edit(path: Path, *statements: str) -> None:
     connection.close()
 
 
-async def refused(path: Path, match: str) -> str:
+def refused(path: Path, match: str) -> None:
     """Opening fails with an error that names the file; nothing in it is changed."""
     before = path.read_bytes() if path.is_file() else None
     with pytest.raises(ConfigurationError, match=match) as caught:
-        await SQLiteLog(path).open()
+        asyncio.run(SQLiteLog(path).open())
     assert str(path) in str(caught.value)
     assert (path.read_bytes() if path.is_file() else None) == before
-    return str(caught.value)
 
 
-async def made(path: Path) -> None:
-    place = Place(lambda: SQLiteLog(path))
-    log = await place.open()
-    transaction = place.draw()
-    await log.propose(Proposal(transaction, place.commit(transaction, "orders")))
-    await place.close()
+def made(path: Path) -> None:
+    """A log with a record in it, closed."""
+
+    async def make() -> None:
+        place = Place(lambda: SQLiteLog(path))
+        log = await place.open()
+        transaction = place.draw()
+        await log.propose(Proposal(transaction, place.commit(transaction, "orders")))
+        await place.close()
+
+    asyncio.run(make())
 
 
 async def test_the_file_is_its_owners_alone(path: Path) -> None:
@@ -61,77 +66,64 @@ async def test_the_file_is_its_owners_alone(path: Path) -> None:
     for suffix in ("", "-wal", "-shm", ".lock"):
         assert os.stat(f"{path}{suffix}").st_mode & 0o777 == 0o600, suffix
     await log.close()
-    assert {each for each in os.listdir(path.parent)} == {"log.db", "log.db.lock"}
+    assert set(os.listdir(path.parent)) == {"log.db", "log.db.lock"}
 
 
-async def test_a_missing_directory(path: Path) -> None:
-    await refused(path.parent / "absent" / "log.db", "no directory")
+def test_a_missing_directory(path: Path) -> None:
+    refused(path.parent / "absent" / "log.db", "no directory")
 
 
-async def test_a_directory_in_place_of_the_file(path: Path) -> None:
+def test_a_directory_in_place_of_the_file(path: Path) -> None:
     path.mkdir()
-    await refused(path, "is a directory")
+    refused(path, "is a directory")
 
 
-async def test_what_is_no_database(path: Path) -> None:
+def test_what_is_no_database(path: Path) -> None:
     path.write_bytes(b"These are a person's notes, and must stay. " * 100)
-    await refused(path, "not an SQLite database")
+    refused(path, "not an SQLite database")
 
 
-async def test_another_applications_database(path: Path) -> None:
+def test_another_applications_database(path: Path) -> None:
     edit(path, "CREATE TABLE theirs (x)")
-    await refused(path, "another application")
+    refused(path, "another application")
     edit(path, "DROP TABLE theirs", "PRAGMA application_id = 7")
-    await refused(path, "another application")
+    refused(path, "another application")
 
 
-async def test_a_newer_schema(path: Path) -> None:
-    await made(path)
+def test_a_newer_schema(path: Path) -> None:
+    made(path)
     edit(path, f"PRAGMA user_version = {file.SCHEMA_VERSION + 1}")
-    await refused(path, "newer version.*upgrade")
+    refused(path, "newer version.*upgrade")
 
 
-async def test_an_empty_file_becomes_a_log(path: Path) -> None:
+def test_an_empty_file_becomes_a_log(path: Path) -> None:
     path.touch()
-    await made(path)
+    made(path)
 
 
-async def test_a_file_that_was_cut_off(path: Path) -> None:
-    await made(path)
+def test_a_file_that_was_cut_off(path: Path) -> None:
+    made(path)
     os.truncate(path, path.stat().st_size - 4096)
-    await refused(path, "damaged.*restore a backup")
+    refused(path, "damaged.*restore a backup")
 
 
-async def test_a_page_that_was_overwritten(path: Path) -> None:
-    await made(path)
+def test_a_page_that_was_overwritten(path: Path) -> None:
+    made(path)
     with path.open("r+b") as opened:
         opened.seek(2 * 4096)
         opened.write(b"\xff" * 4096)
-    await refused(path, "damaged")
+    refused(path, "damaged")
 
 
-async def test_a_log_without_its_identity(path: Path) -> None:
-    await made(path)
+def test_a_log_without_its_identity(path: Path) -> None:
+    made(path)
     edit(path, "DELETE FROM log")
-    await refused(path, "id is missing")
-
-
-def run_as_nobody(script: str, *arguments: str) -> str:
-    """Run as a user without rights here, also when the tests are root's."""
-    prelude = "import os\nif os.geteuid() == 0: os.setgid(65534); os.setuid(65534)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", prelude + script, *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    refused(path, "id is missing")
 
 
 OPEN = """
-import asyncio, sys
+import asyncio, os, sys
+import coordinator.log.sqlite
 from coordinator.errors import ConfigurationError
 from coordinator.log.sqlite import SQLiteLog
 async def main():
@@ -139,25 +131,37 @@ async def main():
         await SQLiteLog(sys.argv[1]).open()
     except ConfigurationError as error:
         print(error)
+if os.geteuid() == 0:  # root may write everything
+    os.setgid(65534)
+    os.setuid(65534)
 asyncio.run(main())
 """
 
 
-async def test_a_file_or_a_directory_without_the_right_to_write(path: Path) -> None:
-    await made(path)
-    for directory in path.parents:
-        if directory.stat().st_uid == os.geteuid() and directory != Path("/"):
-            directory.chmod(directory.stat().st_mode | 0o055)
-    path.chmod(0o444)
-    Path(f"{path}.lock").chmod(0o666)
-    assert "can only be read" in run_as_nobody(OPEN, str(path))
-    path.chmod(0o666)
-    path.parent.chmod(0o555)
-    assert "the right to write the file and its directory" in run_as_nobody(OPEN, str(path))
-    Path(f"{path}.lock").chmod(0o444)
-    assert "log.db.lock cannot be opened" in run_as_nobody(OPEN, str(path))
-    new = path.with_name("new.db")
-    assert "new.db" in run_as_nobody(OPEN, str(new))
+def open_without_rights(path: Path) -> str:
+    """What a user who owns nothing here is told, also when the tests are root's."""
+    command = [sys.executable, "-c", OPEN, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_file_or_a_directory_without_the_right_to_write() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        path, lock = directory / "log.db", directory / "log.db.lock"
+        made(path)
+        path.chmod(0o444)
+        lock.chmod(0o666)
+        assert "can only be read" in open_without_rights(path)
+        path.chmod(0o666)
+        directory.chmod(0o555)
+        assert "the right to write the file and its directory" in open_without_rights(path)
+        lock.chmod(0o444)
+        assert "log.db.lock cannot be opened for writing" in open_without_rights(path)
+        assert "new.db" in open_without_rights(directory / "new.db")
+        directory.chmod(0o755)
 
 
 MOUNTS = r"""22 28 0:21 / /proc rw,nosuid shared:12 - proc proc rw
@@ -183,11 +187,11 @@ def test_the_file_system_of_a_path(place: str, kind: str) -> None:
     assert file_system_of(place, MOUNTS) == kind
 
 
-async def test_a_network_file_system(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_file_system(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mounts = path.with_name("mountinfo")
     mounts.write_text(MOUNTS + f"40 28 0:50 / {path.parent} rw - fuse.sshfs host: rw\n")
     monkeypatch.setattr("coordinator.log.sqlite.mounts._MOUNTS", mounts)
-    await refused(path, r"network file system \(fuse.sshfs\)")
+    refused(path, r"network file system \(fuse.sshfs\)")
 
 
 async def test_one_unreadable_record_parks_only_itself(path: Path) -> None:

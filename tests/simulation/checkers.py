@@ -287,6 +287,12 @@ class Checker:
         if truth.told is Outcome.ABORTED and status is Status.COMMITTED:
             raise Violation("I4", f"{truth.id}: told aborted, its status is committed")
 
+    def shown(self, slot: Slot) -> None:
+        """Shown to a person as ended against the decision: somebody must have meddled."""
+        slot.shown = True
+        if not slot.truth.person:
+            raise Violation("person", f"{slot} is shown to a person, but nobody meddled")
+
     def quarantined(self, slot: Slot, refused_at: float, need: str) -> None:
         """Shown to a person as prepared and forgotten. `need` is why the world made it so."""
         slot.truth.quarantined += 1

@@ -244,9 +244,9 @@ def open_slot(process: Process, resource: Resource, truth: Truth) -> Slot:
 def make(world: World, plan: Plan) -> Client:
     """The client of a plan's shape."""
     from tests.simulation.keys import KeyedClient
-    from tests.simulation.services import HandedClient, RemoteClient
+    from tests.simulation.services import HandedClient
 
-    kinds = {"remote": RemoteClient, "handed": HandedClient, "keyed": KeyedClient}
+    kinds = {"remote": world.parts.remote, "handed": HandedClient, "keyed": KeyedClient}
     assert plan.shape in SHAPES
     return kinds.get(plan.shape, Client)(world, plan)
 

@@ -146,6 +146,7 @@ class Driver:
         world = self.process.world
         slot = world.slots[action.branch.xid.branch]
         self.preparing[slot.id] = slot
+        slot.driven = True
         self.out += 1
         extra = 0.0
         if world.late_prepare and world.random() < world.late_prepare:

@@ -65,6 +65,7 @@ class Options:
     __slots__ = (
         "cancel_prepare",
         "dropped",
+        "fresh_log",
         "members_linger",
         "only",
         "processes",
@@ -75,6 +76,7 @@ class Options:
         "salt",
         "seed",
         "shapes",
+        "shortened",
         "transactions",
     )
 
@@ -98,8 +100,10 @@ class Options:
         self.resources = draw.choice((2, 2, 3, 4))
         length = 1.0 + 11.0 * draw.random() ** 2
         self.safety = length if safety is None else safety
+        self.shortened = self.safety != length
         self.cancel_prepare = draw.random() < 0.5
         self.members_linger = draw.choice((0.0, 0.0, 1.5))
+        self.fresh_log = draw.random() < 0.3
         self.restart_all = draw.random() < 0.5
         self.rates: dict[str, float] = {}
         for kind in KINDS:
@@ -129,8 +133,8 @@ class Options:
             parts.append(f"--drop {','.join(self.dropped)}")
         if self.only is not None:
             parts.append(f"--only {','.join(map(str, self.only)) or 'none'}")
-        if self.only is not None or self.dropped:
-            parts.append(f"--safety {self.safety:g}")
+        if self.shortened:
+            parts.append(f"--safety {self.safety!r}")
         if self.salt:
             parts.append(f"--salt {self.salt}")
         return " ".join(parts)

@@ -29,6 +29,8 @@ class KeyedClient(Client):
         for number, (place, after) in enumerate(self.plan.calls):
             caller = self.world.parts.caller(self.world, self.plan, key, place, number)
             self.world.at(after if number else 0.0, caller.start)
+            ends = self.world.now + after + 3 * self.plan.seconds
+            self.world.quiet_at = max(self.world.quiet_at, ends)
 
 
 class Caller(Client):

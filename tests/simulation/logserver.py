@@ -38,7 +38,7 @@ class LogServer:
         self.world = world
         self.id = LogId(f"{number:016x}")
         self.down = False
-        self.register = world.parts.register(LogIdentity(self.id, world.epoch_ms - 60_000))
+        self.register = world.parts.register(LogIdentity(self.id, world.epoch_ms - world.log_age_ms))
         self.attempts: dict[str, TransactionId] = {}
 
     def __repr__(self) -> str:
@@ -105,9 +105,7 @@ class LogServer:
 
     def swept(self, marks: Sequence[tuple[str, TransactionId, int]]) -> bool:
         for name, clear, swept_ms in marks:
-            if swept_ms >= self.register._resources[name].swept_ms:  # PENDING F2
-                import msgspec
-                self.register._resources[name] = msgspec.structs.replace(self.register._resources[name], clear=clear, swept_ms=swept_ms)
+            self.register.swept(name, clear, swept_ms)
         return True
 
     def resources(self, _: None) -> Sequence[Resource]:
@@ -122,7 +120,7 @@ class LogServer:
         if incident.kind is None:
             self.world.quarantined(slot, refused_at)
         else:
-            slot.shown = True
+            self.world.checker.shown(slot)
         return True
 
     def incidents(self, _: None) -> Sequence[Incident]:

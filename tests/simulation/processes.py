@@ -39,6 +39,7 @@ class Process:
         self.member = MemberId(f"{world.number():016x}")
         self.alive = True
         self.paused = False
+        self.resumed_at = -1.0
         self.ready = False
         self.backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         self.drivers: dict[TransactionId, Driver] = {}
@@ -128,6 +129,12 @@ class Process:
         due = now if slot.session_due == NEVER else max(now, slot.session_due)
         self.world.at(due - now + after, slot.resource.disconnect, slot)
 
+    def was_awake_since(self, begun_at: float) -> bool:
+        """It lived, ran and was seen to live by all others from then until now."""
+        world = self.world
+        awake = self.alive and not self.paused and self.resumed_at < begun_at
+        return awake and not world.options.on("members-wrong") and not world.members_linger
+
     def pause(self, seconds: float) -> None:
         if not self.alive or self.paused or self.world.healed:
             return
@@ -142,6 +149,7 @@ class Process:
         if not self.paused:
             return
         self.paused = False
+        self.resumed_at = self.world.now
         if self.world.trace is not None:
             self.world.note(f"{self} goes on")
         backlog, self.backlog = self.backlog, []
@@ -174,12 +182,9 @@ class Process:
         return driver
 
     def _is_near_horizon(self, transaction: TransactionId) -> bool:
-        if transaction < self.horizon:
-            return True
-        margin_ms = int(RETENTION * 500)
-        return self.horizon > self.created and (
-            id_time_ms(transaction) < id_time_ms(self.horizon) + margin_ms
-        )
+        moved = self.horizon > self.created
+        margin_ms = int(RETENTION * 500) if moved else 0
+        return id_time_ms(transaction) < id_time_ms(self.horizon) + margin_ms
 
     def recover(self, case: Case) -> Driver:
         """A driver for a transaction found by the sweep, to be told to abort."""

@@ -45,11 +45,13 @@ class Slot:
 
     __slots__ = (
         "accepted",
+        "attended",
         "begun_at",
         "branch",
         "by_person",
         "delta",
         "doubt",
+        "driven",
         "ended_at",
         "full",
         "id",
@@ -82,7 +84,9 @@ class Slot:
         self.state = WORKING
         self.accepted = False
         self.by_person = False
+        self.attended = False
         self.doubt = False
+        self.driven = False
         self.last = False
         self.one_phase = False
         self.refuses = False
@@ -132,6 +136,7 @@ class Resource:
             return VOTED_READ_ONLY
         slot.state = PREPARED
         slot.prepared_at = self.world.now
+        slot.attended = slot.driven and slot.process.was_awake_since(slot.begun_at)
         slot.full = Branch(slot.branch.xid, slot.branch.participant, TOKEN)
         self.prepared[slot.id] = slot
         if slot.rolled_back_at >= 0.0 or slot.truth.outcome is Verdict.ABORT:

@@ -85,8 +85,12 @@ class RemoteClient(Client):
         self.world.network.call(
             self.process, WIRE, self.undo_arrives, (self.service, request), _nothing, None
         )
-        self.request += 1  # given up: an answer that still comes is dropped
-        self.process.later(0.05, self.send_again, self.request, repeat + 1)
+        self.process.later(0.05, self.send_again, self.give_up(), repeat + 1)
+
+    def give_up(self) -> int:
+        """From here on an answer that still comes is dropped."""
+        self.request += 1
+        return self.request
 
     def send_again(self, request: int, repeat: int) -> None:
         if request == self.request and self.driver.core.phase is Phase.ACTIVE:

@@ -153,7 +153,7 @@ class Sweeper:
 
     def _judge(self) -> None:
         seen = self._seen()
-        in_sight = {branch.xid.transaction for branch in seen}
+        in_sight = self._in_sight(seen)
         parked = [
             transaction
             for transaction, record in self.records.items()
@@ -170,6 +170,9 @@ class Sweeper:
         for case in cases:
             self._drive(case)
         self._case_done()
+
+    def _in_sight(self, seen: list[Branch]) -> set[TransactionId]:
+        return {branch.xid.transaction for branch in seen}
 
     def _is_parked(self, record: Record) -> bool:
         if not self.quarantined:

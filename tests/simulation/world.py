@@ -26,7 +26,7 @@ from coordinator.model import (
 )
 from coordinator.protocol import Phase, Transaction
 from coordinator.sweep import Case, Watch, clear_mark, horizon_candidate
-from tests.simulation import clients, keys
+from tests.simulation import clients, keys, services
 from tests.simulation.checkers import COMMITTED, PREPARED, WORKING, Checker, Truth, Violation
 from tests.simulation.drivers import Driver
 from tests.simulation.faults import RETENTION, Options
@@ -60,6 +60,7 @@ class Parts(NamedTuple):
     driver: Any = Driver
     teller: Any = clients.Teller
     caller: Any = keys.Caller
+    remote: Any = services.RemoteClient
     sweeper: Any = Sweeper
     process: Any = Process
     resource: Any = Resource
@@ -83,6 +84,7 @@ class World:
         self.sequence = 0
         self.now = 0.0
         self.epoch_ms = 1_760_000_000_000
+        self.log_age_ms = 0 if options.fresh_log else 60_000
         self.random = Random(f"events {options.seed} {options.salt}").random
         self.counts: dict[str, int] = {}
         self.outcomes: dict[str, int] = {}
@@ -193,6 +195,8 @@ class World:
         """
         if self.early_horizon_used:
             return "the horizon was raised early"
+        if slot.attended:
+            return ""  # its own coordinator lived, knew that the PREPARE was out, and said so
         age = self.epoch_ms / 1000 + slot.prepared_at + max(self.skew) - (
             id_time_ms(slot.truth.id) / 1000
         )
@@ -331,7 +335,7 @@ class World:
         resource.down = True
         self.count("a resource is unreachable")
         self.note(f"{resource.name} is unreachable")
-        self.at(0.2 + 3.0 * amount, self._up, resource)
+        self.at(0.2 + 1.6 * RETENTION * amount**3, self._up, resource)
 
     def _up(self, server: Resource | LogServer) -> None:
         server.down = False

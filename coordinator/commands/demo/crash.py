@@ -11,6 +11,8 @@ import selectors
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 REACHED = "reached"
 REACH_SECONDS_MAX = 30.0
@@ -25,6 +27,16 @@ def kill_at(module: str, *arguments: str) -> int:
 
     Returns the process id that was killed; raises `CrashMissed` with what the program said.
     """
+    with stopped_at(module, *arguments) as process:
+        process.send_signal(signal.SIGKILL)
+        if process.wait() != -signal.SIGKILL:
+            raise CrashMissed(f"it ended with {process.returncode} before it could be killed")
+        return process.pid
+
+
+@contextmanager
+def stopped_at(module: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """Run a Python module that is alive at its place during the block, and killed at its end."""
     process = subprocess.Popen(
         [sys.executable, "-m", module, *arguments],
         stdin=subprocess.PIPE,
@@ -33,20 +45,23 @@ def kill_at(module: str, *arguments: str) -> int:
         text=True,
     )
     try:
-        assert process.stdout is not None and process.stderr is not None
-        with selectors.DefaultSelector() as selector:
-            selector.register(process.stdout, selectors.EVENT_READ)
-            in_time = bool(selector.select(REACH_SECONDS_MAX))
-        said = process.stdout.readline().strip() if in_time else ""
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        if said != REACHED or process.returncode != -signal.SIGKILL:
-            complaint = process.stderr.read().strip().splitlines()
-            raise CrashMissed(complaint[-1] if complaint else f"it said {said!r}")
-        return process.pid
+        _wait_until_reached(process)
+        yield process
     finally:
         process.kill()
         process.communicate()
+
+
+def _wait_until_reached(process: subprocess.Popen[str]) -> None:
+    assert process.stdout is not None and process.stderr is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ)
+        in_time = bool(selector.select(REACH_SECONDS_MAX))
+    said = process.stdout.readline().strip() if in_time else ""
+    if said != REACHED:
+        process.kill()
+        complaint = process.stderr.read().strip().splitlines()
+        raise CrashMissed(complaint[-1] if complaint else f"the program said {said!r}")
 
 
 def wait_to_be_killed() -> None:

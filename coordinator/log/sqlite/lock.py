@@ -15,7 +15,7 @@ from pathlib import Path
 from coordinator.errors import LogUnavailable
 
 _FIRST_PAUSE_SECONDS = 0.0001
-_LONGEST_PAUSE_SECONDS = 0.002
+_LONGEST_PAUSE_SECONDS = 0.001
 
 
 class FileLock:

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from coordinator import codec
 from coordinator.codec import pack_transaction, unpack_transaction
-from coordinator.errors import ConfigurationError, LogUnavailable, ProtocolError
+from coordinator.errors import LogUnavailable, ProtocolError
 from coordinator.log.base import (
     Answer,
     Incident,
@@ -39,7 +39,8 @@ _Result = TypeVar("_Result")
 class SQLiteLog:
     """The port `Log` over one file. Every method raises `LogUnavailable` when it is not open.
 
-    A copy of it that came into a child process by a fork raises `ConfigurationError`.
+    A copy of it that came into a child process by a fork raises `ConfigurationError` until it is
+    opened there.
     """
 
     def __init__(self, path: Path | str) -> None:
@@ -57,14 +58,11 @@ class SQLiteLog:
         return self._statistics
 
     async def open(self) -> LogIdentity:
-        if self._writer is not None and self._identity is not None:
+        if self._writer is not None and self._identity is not None and not self._writer.forked:
             return self._identity
         writer = Writer.acquire(self.path)
         try:
             identity: LogIdentity = await writer.submit(None, writes=False)
-        except LogUnavailable as error:
-            await writer.release()
-            raise ConfigurationError(str(error)) from error
         except BaseException:
             await writer.release()
             raise

@@ -63,6 +63,7 @@ class Writer:
         self._identity: LogIdentity | None = None
         self._opened_file: os.stat_result | None = None
         self._broken: str | None = None
+        self._over = False
         self._frames = 0
         self._checkpoint_at = CHECKPOINT_FRAMES
         # A daemon, so that a program that forgot to close can end; `_stop_all` then ends it first.
@@ -110,9 +111,14 @@ class Writer:
                 f"the decision log {self.path} was opened before this process was forked: open "
                 "one in the child, after the fork"
             )
+        if self._over:
+            raise LogUnavailable(self._closed())
         future = asyncio.get_running_loop().create_future()
         self._queue.put(Job(future, work, writes))
         return future
+
+    def _closed(self) -> str:
+        return f"the decision log {self.path} is closed"
 
     def _run(self) -> None:
         try:
@@ -123,11 +129,12 @@ class Writer:
                 if self._frames >= self._checkpoint_at:
                     self._checkpoint()
         finally:
+            self._over = True
             self._close()
             with _guard:
                 _running.discard(self)
-            late, _ = self._next_batch(wait=False)
-            deliver(late, [Failed(LogUnavailable("the decision log is closed")) for _ in late])
+            while late := self._next_batch(wait=False)[0]:
+                deliver(late, [unavailable(self._closed(), None) for _ in late])
             if self._ended is not None:
                 settle(self._ended.get_loop(), [(self._ended, None)])
 
@@ -208,14 +215,23 @@ class Writer:
                 outcomes = [self._outcome(job, connection, store) for job in batch]
                 connection.execute("COMMIT")
             except BaseException:
-                if connection.in_transaction:
-                    connection.execute("ROLLBACK")
+                self._roll_back(connection)
                 raise
         finally:
             lock.release()
         if connection.total_changes() != changes:
             self.statistics.write_transactions += 1
         return outcomes
+
+    def _roll_back(self, connection: apsw.Connection) -> None:
+        try:
+            if connection.in_transaction:  # after some errors SQLite has done it already
+                connection.execute("ROLLBACK")
+        except apsw.Error as error:
+            self._break(
+                f"a transaction of the decision log {self.path} could not be rolled back "
+                f"({error}): restart this process"
+            )
 
     def _outcome(self, job: Job, connection: apsw.Connection, store: Store) -> object:
         work = job.work
@@ -281,11 +297,12 @@ class Writer:
                 total, copied = self._connection.wal_checkpoint("main")
             finally:
                 self._lock.release()
-        except LogUnavailable:
-            return  # the next one will do
         except apsw.Error as error:
             logger.warning("%s", self._reason(error))
             return
+        except Exception as error:
+            logger.warning("no checkpoint of the decision log %s: %s", self.path, error)
+            return  # the next one will do
         self._frames = 0
         if total == copied:
             self._checkpoint_at = CHECKPOINT_FRAMES
