@@ -318,12 +318,12 @@ class Transaction:
 
     def _decided_again(self, event: Decided) -> list[Action]:
         """The answer to a second proposal: the register is write-once, so it must agree."""
-        if self._decision is None:
-            verdict = event.answer or event.decision.verdict
-            agrees = (verdict is Verdict.COMMIT) == (self.outcome is Outcome.COMMITTED)
-        else:
-            agrees = event.decision == self._decision
-        if not agrees:
+        known = self._decision
+        verdict = event.answer or (event.decision.verdict if known is None else None)
+        ended_as = {Outcome.COMMITTED: Verdict.COMMIT, Outcome.ABORTED: Verdict.ABORT}
+        expected = ended_as.get(self.outcome) if self.outcome is not None else None
+        contradicts = verdict is not None and expected is not None and verdict is not expected
+        if contradicts or known not in (None, event.decision):
             raise self._refuse(event)
         return []
 
@@ -339,12 +339,16 @@ class Transaction:
         self.phase = Phase.UNKNOWN
         self.outcome = Outcome.UNKNOWN
         self._give_reason("the log has forgotten transactions of that age", False)
+        if self._handed or not self._own:
+            return []
         # Whatever may be prepared is left alone; a session that only read ends for its own sake.
-        return [
-            Rollback(self._branch(branch))
+        readers = [
+            branch
             for branch, vote in self._votes.items()
-            if vote.kind is VoteKind.READ_ONLY
+            if vote.kind is VoteKind.READ_ONLY and branch in self._enlisted
         ]
+        self._out |= dict.fromkeys(readers, 0)  # their answers may come at any time from here on
+        return [Rollback(self._enlisted.pop(branch).branch) for branch in readers]
 
     def _claim_stands(self, event: ClaimStands) -> list[Action]:
         """Our commit was not recorded; whether an abort is, the log will say."""

@@ -49,7 +49,8 @@ def running(url: str, part: str) -> bool:
 
 def test_the_private_names_of_psycopg_are_there() -> None:
     connection = AsyncConnection.__new__(AsyncConnection)
-    psycopg._connection_base.BaseConnection.__init__(connection, _NoConnection())  # type: ignore[arg-type]
+    base = psycopg._connection_base.BaseConnection
+    base.__init__(connection, _NoConnection())  # type: ignore[arg-type]
     assert issubclass(psycopg_private.WaitTimeout, Exception)
     for name in ("_prepared", "_adapters", "_pipeline", "_autocommit"):
         assert hasattr(connection, name), name

@@ -99,12 +99,12 @@ def _progress(total: Summary, began: float) -> None:
 
 
 def print_summary(summary: Summary) -> None:
-    print(f"\n{summary.seeds} worlds in {summary.seconds:.1f} s: "
-          f"{summary.seeds / summary.seconds:.0f} a second, "
-          f"{summary.events / max(summary.seeds, 1):.0f} events each")
-    told = ", ".join(
-        f"{name} {summary.share(name):.0%}" for name in sorted(summary.outcomes)
+    print(
+        f"\n{summary.seeds} worlds in {summary.seconds:.1f} s: "
+        f"{summary.seeds / summary.seconds:.0f} a second, "
+        f"{summary.events / max(summary.seeds, 1):.0f} events each"
     )
+    told = ", ".join(f"{name} {summary.share(name):.0%}" for name in sorted(summary.outcomes))
     print(f"clients were told: {told}")
     for name in sorted(summary.counts):
         print(f"{summary.counts[name]:10}  {name}")

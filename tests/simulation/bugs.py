@@ -77,8 +77,9 @@ _EARLY_ENDS = {
 
 def _commit_at_once(self: Any) -> list[Any]:
     actions = Transaction._all_voted(self)
-    named = [branch for each in actions if isinstance(each, Decide)
-             for branch in each.decision.branches]
+    named = [
+        branch for each in actions if isinstance(each, Decide) for branch in each.decision.branches
+    ]
     return [*actions, *(Commit(branch) for branch in named)]
 
 
@@ -100,8 +101,9 @@ def _always_one_phase(self: Any, event: Any) -> list[Any]:
     return Transaction._commit_requested(self, event)
 
 
-def _claimed_is_private(self: Any, transaction: Any, *, private: bool = True, claims: Any = (),
-                        handed: bool = False) -> None:
+def _claimed_is_private(
+    self: Any, transaction: Any, *, private: bool = True, claims: Any = (), handed: bool = False
+) -> None:
     Transaction.__init__(self, transaction, private=private, claims=claims, handed=handed)
     self._private = private and not handed
 
@@ -170,9 +172,7 @@ def _forget_tokens(self: Any, branch_id: Any) -> Any:
     return self._enlisted[branch_id].branch
 
 
-def _mark_at_once(
-    self: Any, decision: Decision, ended: frozenset[Any] = frozenset()
-) -> list[Any]:
+def _mark_at_once(self: Any, decision: Decision, ended: frozenset[Any] = frozenset()) -> list[Any]:
     actions = Transaction._commit(self, decision, ended)
     return [*actions, *(Forget(branch.id) for branch in decision.branches)]
 
@@ -254,88 +254,204 @@ def _core(**methods: Any) -> Parts:
 
 
 BUGS: tuple[Bug, ...] = (
-    Bug("commit-before-decision", "the decision is recorded before any branch commits",
-        _core(rules=_EARLY_ENDS, _all_voted=_commit_at_once, _finished=_tolerant_finished)),
-    Bug("absent-is-permission", "nothing recorded is no permission to roll back",
-        REAL._replace(sweeper=around.AbsentIsAbort)),
-    Bug("sweep-presumes-abort", "the sweep asks the log and obeys",
-        REAL._replace(sweeper=around.PresumesAbort)),
-    Bug("error-is-abort", "an error of the log is indefinite",
-        REAL._replace(driver=around.ErrorIsAbort)),
+    Bug(
+        "commit-before-decision",
+        "the decision is recorded before any branch commits",
+        _core(rules=_EARLY_ENDS, _all_voted=_commit_at_once, _finished=_tolerant_finished),
+    ),
+    Bug(
+        "absent-is-permission",
+        "nothing recorded is no permission to roll back",
+        REAL._replace(sweeper=around.AbsentIsAbort),
+    ),
+    Bug(
+        "sweep-presumes-abort",
+        "the sweep asks the log and obeys",
+        REAL._replace(sweeper=around.PresumesAbort),
+    ),
+    Bug(
+        "error-is-abort",
+        "an error of the log is indefinite",
+        REAL._replace(driver=around.ErrorIsAbort),
+    ),
     Bug("refused-is-abort", "refused is not abort", _core(_refused=_roll_back_when_refused)),
-    Bug("deadline-rolls-back", "an abort after a commit proposal is decided by the log only",
-        _core(_abort_while_commit_is_proposed=_roll_back_at_deadline)),
-    Bug("handed-abort-unrecorded", "who handed the votes on cannot abort without a record",
-        _core(_abort=_abort_unrecorded)),
-    Bug("last-writer-wins", "the register is written once", REAL._replace(register=_LastWriterWins)),
-    Bug("horizon-outside-the-write", "the horizon is compared in the write",
-        REAL._replace(register=_HorizonUnchecked, driver=around.ComparesBefore)),
+    Bug(
+        "deadline-rolls-back",
+        "an abort after a commit proposal is decided by the log only",
+        _core(_abort_while_commit_is_proposed=_roll_back_at_deadline),
+    ),
+    Bug(
+        "handed-abort-unrecorded",
+        "who handed the votes on cannot abort without a record",
+        _core(_abort=_abort_unrecorded),
+    ),
+    Bug(
+        "last-writer-wins", "the register is written once", REAL._replace(register=_LastWriterWins)
+    ),
+    Bug(
+        "horizon-outside-the-write",
+        "the horizon is compared in the write",
+        REAL._replace(register=_HorizonUnchecked, driver=around.ComparesBefore),
+    ),
     Bug("horizon-falls", "the horizon only rises", REAL._replace(register=_HorizonFalls)),
     Bug("forget-unfinished", "unfinished records stay", REAL._replace(register=_ForgetsUnfinished)),
-    Bug("forget-above-horizon", "records above the horizon stay",
-        REAL._replace(register=_ForgetsAboveHorizon)),
-    Bug("any-log", "a sweep acts only on its own log's branches",
-        REAL._replace(resource=around.ListsAllLogs)),
-    Bug("one-phase-published", "one phase only while the id is private",
-        _core(_commit_requested=_always_one_phase)),
+    Bug(
+        "forget-above-horizon",
+        "records above the horizon stay",
+        REAL._replace(register=_ForgetsAboveHorizon),
+    ),
+    Bug(
+        "any-log",
+        "a sweep acts only on its own log's branches",
+        REAL._replace(resource=around.ListsAllLogs),
+    ),
+    Bug(
+        "one-phase-published",
+        "one phase only while the id is private",
+        _core(_commit_requested=_always_one_phase),
+    ),
     Bug("one-phase-claimed", "one phase never under a key", _core(__init__=_claimed_is_private)),
-    Bug("delegation-beside", "the delegation stands before the last resource is asked",
-        _core(rules={(Phase.COMMIT_PROPOSED, around.Answered): Transaction._answered_delegated},
-              _all_voted=_ask_beside_the_register)),
-    Bug("answer-unrecorded", "the last resource's answer stands before a branch is touched",
-        _core(_answered_delegated=_touch_before_the_answer_stands)),
-    Bug("commit-all-prepared", "a commit covers exactly the branches it names",
-        _core(_commit=_commit_all_prepared)),
-    Bug("first-vote-decides", "a commit needs every vote", _core(rules={(Phase.COMMIT_PROPOSED, Voted): Transaction._remember_vote},
-              _voted=_believe_the_first_vote)),
+    Bug(
+        "delegation-beside",
+        "the delegation stands before the last resource is asked",
+        _core(
+            rules={(Phase.COMMIT_PROPOSED, around.Answered): Transaction._answered_delegated},
+            _all_voted=_ask_beside_the_register,
+        ),
+    ),
+    Bug(
+        "answer-unrecorded",
+        "the last resource's answer stands before a branch is touched",
+        _core(_answered_delegated=_touch_before_the_answer_stands),
+    ),
+    Bug(
+        "commit-all-prepared",
+        "a commit covers exactly the branches it names",
+        _core(_commit=_commit_all_prepared),
+    ),
+    Bug(
+        "first-vote-decides",
+        "a commit needs every vote",
+        _core(
+            rules={(Phase.COMMIT_PROPOSED, Voted): Transaction._remember_vote},
+            _voted=_believe_the_first_vote,
+        ),
+    ),
     Bug("no-counts-as-reading", "one no aborts", _core(_voted=_count_no_as_read_only)),
-    Bug("readers-end-early", "a read-only branch ends after the decision",
-        _core(rules=_EARLY_ENDS, _voted=_end_readers_with_their_vote,
-              _finished=_tolerant_finished)),
-    Bug("tokens-lost", "what a stranger needs is recorded with the decision",
-        _core(_branch=_forget_tokens)),
-    Bug("heuristic-swallowed", "a heuristic ending is reported",
-        _core(_finished=_swallow_heuristics)),
-    Bug("mark-before-end", "a branch is marked after it acknowledged", _core(_commit=_mark_at_once)),
-    Bug("acknowledge-early", "committed is told after the log answered",
-        REAL._replace(teller=around.TellsEarly)),
-    Bug("unknown-is-aborted", "what is not known is told as unknown",
-        REAL._replace(teller=around.TellsUnknownAsAborted)),
-    Bug("key-by-lease", "the next attempt waits for a recorded abort",
-        REAL._replace(caller=around.MovesByLease)),
-    Bug("key-by-lease-alone", "a key's commit takes its claim in the same write",
-        REAL._replace(caller=around.MovesByLease, register=_ClaimsUnchecked)),
-    Bug("key-goes-with-record", "keys outlive the horizon",
-        REAL._replace(register=_KeysGoWithRecords, caller=around.CallsLate)),
-    Bug("refused-key-runs-again", "after a refusal the claim is read",
-        REAL._replace(caller=around.RunsAgainWhenRefused)),
-    Bug("quarantine-unseen", "after a refusal the branch is looked at again",
-        REAL._replace(sweeper=around.QuarantinesUnseen)),
-    Bug("refusal-ignored", "what the log has forgotten is shown to a person",
-        REAL._replace(sweeper=around.IgnoresRefusal)),
-    Bug("unknown-name-is-done", "an unknown name is done only if no PREPARE may still land",
-        REAL._replace(resource=around.UnknownIsDone)),
-    Bug("clear-marks-ignored", "the horizon waits for what the resources' sweeps saw",
-        REAL._replace(horizon_candidate=_blind_candidate)),
-    Bug("no-retention", "the horizon stays the retention behind",
-        REAL._replace(horizon_candidate=_greedy_candidate)),
-    Bug("live-while-beating", "a transaction is live only within its deadline",
-        REAL._replace(watch=around.BeatingIsLive)),
+    Bug(
+        "readers-end-early",
+        "a read-only branch ends after the decision",
+        _core(rules=_EARLY_ENDS, _voted=_end_readers_with_their_vote, _finished=_tolerant_finished),
+    ),
+    Bug(
+        "tokens-lost",
+        "what a stranger needs is recorded with the decision",
+        _core(_branch=_forget_tokens),
+    ),
+    Bug(
+        "heuristic-swallowed",
+        "a heuristic ending is reported",
+        _core(_finished=_swallow_heuristics),
+    ),
+    Bug(
+        "mark-before-end", "a branch is marked after it acknowledged", _core(_commit=_mark_at_once)
+    ),
+    Bug(
+        "acknowledge-early",
+        "committed is told after the log answered",
+        REAL._replace(teller=around.TellsEarly),
+    ),
+    Bug(
+        "unknown-is-aborted",
+        "what is not known is told as unknown",
+        REAL._replace(teller=around.TellsUnknownAsAborted),
+    ),
+    Bug(
+        "key-by-lease",
+        "the next attempt waits for a recorded abort",
+        REAL._replace(caller=around.MovesByLease),
+    ),
+    Bug(
+        "key-by-lease-alone",
+        "a key's commit takes its claim in the same write",
+        REAL._replace(caller=around.MovesByLease, register=_ClaimsUnchecked),
+    ),
+    Bug(
+        "key-goes-with-record",
+        "keys outlive the horizon",
+        REAL._replace(register=_KeysGoWithRecords, caller=around.CallsLate),
+    ),
+    Bug(
+        "refused-key-runs-again",
+        "after a refusal the claim is read",
+        REAL._replace(caller=around.RunsAgainWhenRefused),
+    ),
+    Bug(
+        "quarantine-unseen",
+        "after a refusal the branch is looked at again",
+        REAL._replace(sweeper=around.QuarantinesUnseen),
+    ),
+    Bug(
+        "refusal-ignored",
+        "what the log has forgotten is shown to a person",
+        REAL._replace(sweeper=around.IgnoresRefusal),
+    ),
+    Bug(
+        "unknown-name-is-done",
+        "an unknown name is done only if no PREPARE may still land",
+        REAL._replace(resource=around.UnknownIsDone),
+    ),
+    Bug(
+        "clear-marks-ignored",
+        "the horizon waits for what the resources' sweeps saw",
+        REAL._replace(horizon_candidate=_blind_candidate),
+    ),
+    Bug(
+        "no-retention",
+        "the horizon stays the retention behind",
+        REAL._replace(horizon_candidate=_greedy_candidate),
+    ),
+    Bug(
+        "live-while-beating",
+        "a transaction is live only within its deadline",
+        REAL._replace(watch=around.BeatingIsLive),
+    ),
     Bug("no-sweep", "the sweep is part of the protocol", REAL._replace(sweeper=around.NeverSweeps)),
-    Bug("absence-reads-aborted", "absence never reads as aborted",
-        REAL._replace(status=_absent_is_aborted)),
-    Bug("stale-status", "a status is never read from a follower",
-        REAL._replace(status=_from_a_follower)),
-    Bug("both-answers", "exactly one answer of a request is enlisted",
-        REAL._replace(remote=around.EnlistsBoth)),
-    Bug("given-up-enlisted", "an answer to a request that was given up is dropped",
-        REAL._replace(remote=around.EnlistsGivenUp)),
-    Bug("parked-hides-unnamed", "a branch that was seen is driven, whatever waits for a person",
-        REAL._replace(sweeper=around.ParksWholly)),
-    Bug("quarantine-stops-forgetting", "a quarantined branch holds no horizon back",
-        REAL._replace(sweeper=around.CountsQuarantined)),
-    Bug("clear-only-rises", "the clear mark of the latest scan stands",
-        REAL._replace(log=around.ClearOnlyRises)),
+    Bug(
+        "absence-reads-aborted",
+        "absence never reads as aborted",
+        REAL._replace(status=_absent_is_aborted),
+    ),
+    Bug(
+        "stale-status",
+        "a status is never read from a follower",
+        REAL._replace(status=_from_a_follower),
+    ),
+    Bug(
+        "both-answers",
+        "exactly one answer of a request is enlisted",
+        REAL._replace(remote=around.EnlistsBoth),
+    ),
+    Bug(
+        "given-up-enlisted",
+        "an answer to a request that was given up is dropped",
+        REAL._replace(remote=around.EnlistsGivenUp),
+    ),
+    Bug(
+        "parked-hides-unnamed",
+        "a branch that was seen is driven, whatever waits for a person",
+        REAL._replace(sweeper=around.ParksWholly),
+    ),
+    Bug(
+        "quarantine-stops-forgetting",
+        "a quarantined branch holds no horizon back",
+        REAL._replace(sweeper=around.CountsQuarantined),
+    ),
+    Bug(
+        "clear-only-rises",
+        "the clear mark of the latest scan stands",
+        REAL._replace(log=around.ClearOnlyRises),
+    ),
 )
 
 BY_NAME = {bug.name: bug for bug in BUGS}

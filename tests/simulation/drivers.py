@@ -121,9 +121,7 @@ class Driver:
         context: Any,
     ) -> None:
         self.out += 1
-        self.process.world.network.call(
-            self.process, server, operation, request, done, context
-        )
+        self.process.world.network.call(self.process, server, operation, request, done, context)
 
     def _again(self, retry: Callable[[Any], None], action: Any) -> None:
         """No answer: give up where the sweep comes again, else repeat after a growing pause."""
@@ -153,7 +151,13 @@ class Driver:
             extra = world.late_prepare_most * world.random() ** 2
             world.quiet_at = max(world.quiet_at, world.now + extra)
         slot.session_due = world.network.call(
-            self.process, slot.resource, slot.resource.prepare, slot, self._prepared, slot, True,
+            self.process,
+            slot.resource,
+            slot.resource.prepare,
+            slot,
+            self._prepared,
+            slot,
+            True,
             extra,
         )
 
@@ -203,8 +207,13 @@ class Driver:
         slot = self.process.world.slots[action.branch.xid.branch]
         self.out += 1
         slot.session_due = self.process.world.network.call(
-            self.process, slot.resource, slot.resource.commit_one_phase, slot, self._one_phase,
-            action, True,
+            self.process,
+            slot.resource,
+            slot.resource.commit_one_phase,
+            slot,
+            self._one_phase,
+            action,
+            True,
         )
 
     def _one_phase(self, action: CommitOnePhase, verdict: Verdict | None) -> None:
@@ -241,9 +250,7 @@ class Driver:
             log, log.record_answer, (self.core.id, action.verdict), self._answer_recorded, action
         )
 
-    def _answer_recorded(
-        self, action: RecordAnswer, answer: tuple[Verdict | None] | None
-    ) -> None:
+    def _answer_recorded(self, action: RecordAnswer, answer: tuple[Verdict | None] | None) -> None:
         if answer is None:
             self._again(self.record_answer, action)
             return

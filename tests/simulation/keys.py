@@ -57,7 +57,11 @@ class Caller(Client):
     ) -> None:
         """A message to the log, repeated until it is answered."""
         self.world.network.call(
-            self.process, self.process.log, operation, request, self._answered,
+            self.process,
+            self.process.log,
+            operation,
+            request,
+            self._answered,
             (operation, request, done),
         )
 
@@ -124,9 +128,7 @@ class Caller(Client):
         self.teller = self.world.parts.teller(driver, self.truth)
         self.world.started(self.truth, self.plan)
         self.process.later(self.plan.seconds, self.teller.deadline)
-        self.ask(
-            self.process.log.name_attempt, (self.key, former, driver.core.id), self._named
-        )
+        self.ask(self.process.log.name_attempt, (self.key, former, driver.core.id), self._named)
 
     def begin(self, process: Process) -> Driver | None:
         return process.begin(self.plan.seconds, (self.claim,))

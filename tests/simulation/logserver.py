@@ -38,7 +38,9 @@ class LogServer:
         self.world = world
         self.id = LogId(f"{number:016x}")
         self.down = False
-        self.register = world.parts.register(LogIdentity(self.id, world.epoch_ms - world.log_age_ms))
+        self.register = world.parts.register(
+            LogIdentity(self.id, world.epoch_ms - world.log_age_ms)
+        )
         self.attempts: dict[str, TransactionId] = {}
 
     def __repr__(self) -> str:
@@ -56,7 +58,10 @@ class LogServer:
         elif isinstance(answer, Stands) and not answer.ours:
             self._count_loser(proposal.decision, answer.record.decision)
         if self.world.trace is not None:
-            self.world.note(f"{self}: {proposal.decision.verdict} {proposal.transaction}: {answer}")
+            shown: object = answer
+            if isinstance(answer, Stands):  # without its set of ended branches, which has no order
+                shown = f"{answer.record.decision.verdict} stands, ours: {answer.ours}"
+            self.world.note(f"{self}: {proposal.decision.verdict} {proposal.transaction}: {shown}")
         return answer
 
     def _count_loser(self, proposed: Decision, stands: Decision) -> None:

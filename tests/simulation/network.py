@@ -123,9 +123,7 @@ class Network:
             ),
         )
 
-    def _again(
-        self, at: float, server: Any, operation: Callable[[Any], Any], request: Any
-    ) -> None:
+    def _again(self, at: float, server: Any, operation: Callable[[Any], Any], request: Any) -> None:
         self.world.at(at - self.world.now + 0.02, self._arrive_again, server, operation, request)
 
     def _arrive_again(self, server: Any, operation: Callable[[Any], Any], request: Any) -> None:

@@ -160,9 +160,7 @@ class Process:
 
     # Transactions.
 
-    def begin(
-        self, seconds: float, claims: tuple[Claim, ...] = (), **more: bool
-    ) -> Driver | None:
+    def begin(self, seconds: float, claims: tuple[Claim, ...] = (), **more: bool) -> Driver | None:
         """Draw an id and start driving; None when the clock is too far behind the horizon."""
         transaction = self.world.draw_id(self)
         if self._is_near_horizon(transaction):
@@ -173,7 +171,10 @@ class Process:
         return self.drive(transaction, seconds, claims, **more)
 
     def drive(
-        self, transaction: TransactionId, seconds: float, claims: tuple[Claim, ...] = (),
+        self,
+        transaction: TransactionId,
+        seconds: float,
+        claims: tuple[Claim, ...] = (),
         **more: bool,
     ) -> Driver:
         core = self.world.parts.transaction(transaction, claims=claims, **more)
@@ -260,5 +261,3 @@ def alive(process: Process) -> dict[MemberId, Beat]:
             continue
         found[member] = beat
     return found
-
-

@@ -52,9 +52,7 @@ class RemoteClient(Client):
         self.process.later(self.plan.seconds, self.teller.deadline)
         self.driver.post(Published())  # before the header leaves
         resource, writes, refuses = self.plan.branches[0]
-        if not self.enlist(
-            self.world.resources[resource], writes, refuses, self.plan.deltas[0]
-        ):
+        if not self.enlist(self.world.resources[resource], writes, refuses, self.plan.deltas[0]):
             self.teller.roll_back("a resource could not be reached")
             return
         self.call_next()
@@ -128,7 +126,12 @@ class RemoteClient(Client):
         slot.writes = writes
         self.prepared.append((service, number, slot))
         slot.session_due = self.world.network.call(
-            service, target, target.prepare, slot, self.prepared_there, (service, number, slot),
+            service,
+            target,
+            target.prepare,
+            slot,
+            self.prepared_there,
+            (service, number, slot),
             True,
         )
 
@@ -154,8 +157,12 @@ class RemoteClient(Client):
         for owner, served, slot in self.prepared:
             if owner is service and served == number and not slot.accepted:
                 self.world.network.call(
-                    service, slot.resource, slot.resource.rollback,
-                    (slot.branch, service.log, STRANGER), _nothing, None,
+                    service,
+                    slot.resource,
+                    slot.resource.rollback,
+                    (slot.branch, service.log, STRANGER),
+                    _nothing,
+                    None,
                 )
 
 
@@ -259,9 +266,7 @@ class HandedTeller(Teller):
 
     __slots__ = ("tell_back",)
 
-    def __init__(
-        self, driver: Any, truth: Any, tell_back: Callable[[], None]
-    ) -> None:
+    def __init__(self, driver: Any, truth: Any, tell_back: Callable[[], None]) -> None:
         super().__init__(driver, truth)
         self.tell_back = tell_back
 

@@ -25,9 +25,7 @@ def shrink(options: Options, name: str, parts: Parts) -> Options:
     smaller: Options | None = best
     while smaller is not None and budget[0] > 0:
         best = smaller
-        smaller = next(
-            (each for each in _smaller(best) if _fails(each, name, parts, budget)), None
-        )
+        smaller = next((each for each in _smaller(best) if _fails(each, name, parts, budget)), None)
     return best
 
 

@@ -61,9 +61,7 @@ class Sweeper:
     def _rest(self) -> None:
         """The round is over, or failed; the next one tries again."""
         self._round += 1
-        self.process.later(
-            SWEEP_INTERVAL * (0.8 + 0.4 * self.world.random()), self.begin_round
-        )
+        self.process.later(SWEEP_INTERVAL * (0.8 + 0.4 * self.world.random()), self.begin_round)
 
     def _step(self, following: Callable[..., None], *arguments: Any) -> None:
         """Go on, or first sleep for as long as this world's sleepy sweepers do."""
@@ -77,9 +75,7 @@ class Sweeper:
     def _ask(
         self, operation: Callable[[Any], Any], request: Any, done: Callable[[Any, Any], None]
     ) -> None:
-        self.world.network.call(
-            self.process, self.log, operation, request, done, self._round
-        )
+        self.world.network.call(self.process, self.log, operation, request, done, self._round)
 
     # Observing.
 
@@ -209,13 +205,15 @@ class Sweeper:
             return
         resource = self.world.slots[branches[0].xid.branch].resource
         self.world.network.call(
-            self.process, resource, resource.recover, self.log, self._seen_again,
+            self.process,
+            resource,
+            resource.recover,
+            self.log,
+            self._seen_again,
             (driver, branches),
         )
 
-    def _seen_again(
-        self, context: tuple[Driver, list[Branch]], found: list[Branch] | None
-    ) -> None:
+    def _seen_again(self, context: tuple[Driver, list[Branch]], found: list[Branch] | None) -> None:
         driver, branches = context
         branch = branches.pop(0)
         if found is None or all(each.id != branch.id for each in found):
@@ -223,12 +221,14 @@ class Sweeper:
             return
         slot = self.world.slots[branch.xid.branch]
         why = "prepared, but the log has forgotten transactions of that age"
-        incident = Incident(
-            str(branch.xid), branch.participant, None, why, self.process.wall_ms()
-        )
+        incident = Incident(str(branch.xid), branch.participant, None, why, self.process.wall_ms())
         self.world.network.call(
-            self.process, self.log, self.log.report, (incident, slot, driver.refused_at),
-            self._reported, context,
+            self.process,
+            self.log,
+            self.log.report,
+            (incident, slot, driver.refused_at),
+            self._reported,
+            context,
         )
 
     def _reported(self, context: tuple[Driver, list[Branch]], _: bool | None) -> None:

@@ -197,8 +197,11 @@ class World:
             return "the horizon was raised early"
         if slot.attended:
             return ""  # its own coordinator lived, knew that the PREPARE was out, and said so
-        age = self.epoch_ms / 1000 + slot.prepared_at + max(self.skew) - (
-            id_time_ms(slot.truth.id) / 1000
+        age = (
+            self.epoch_ms / 1000
+            + slot.prepared_at
+            + max(self.skew)
+            - (id_time_ms(slot.truth.id) / 1000)
         )
         if age >= RETENTION / 2:
             return "prepared later than half the retention after its transaction began"
