@@ -83,7 +83,7 @@ def create(path: Path) -> LogIdentity:
 
 def test_processes_that_race_for_the_same_ids_agree(path: Path) -> None:
     identity = create(path)
-    count = 400
+    count = 1_500  # enough for a quarter of a second, so that all are at work together
     with ExitStack() as stack:
         racers = [stack.enter_context(Process("race", path, name, count)) for name in "abc"]
         for racer in racers:
@@ -91,18 +91,20 @@ def test_processes_that_race_for_the_same_ids_agree(path: Path) -> None:
         for racer in racers:
             racer.go_on()
         views: dict[int, list[list[str]]] = {}
-        for racer in racers:
+        winners = set()
+        for name, racer in zip("abc", racers, strict=True):
             for line in racer.lines():
-                number, *view = line.split()
-                views.setdefault(int(number), []).append(view)
-    winners = set()
+                number, decision, ours = line.split()
+                views.setdefault(int(number), []).append([decision, ours])
+                if ours == "True":
+                    winners.add(name)
     for seen in views.values():
         assert len(seen) == len(racers)
         assert len({decision for decision, _ in seen}) == 1, seen
         assert [ours for _, ours in seen].count("True") == 1, seen
-        winners.add(seen[0][0])
     assert len(views) == count
-    assert winners == {"a", "b", "c", "abort"}, "all of them won something"
+    assert len(winners) > 1, "it was a race"
+    assert "abort" in {seen[0][0] for seen in views.values()}
 
     async def check() -> None:
         log = SQLiteLog(path)
