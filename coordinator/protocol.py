@@ -520,6 +520,8 @@ RULES: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
     (Phase.DELEGATED, Refused): _T._nothing,
     (Phase.DELEGATED, ClaimStands): _T._nothing,
     (Phase.DELEGATED, Answered): _T._answered_delegated,
+    # A reader that was ended while the outcome was unknown may answer only now.
+    (Phase.DELEGATED, Finished): _T._nothing,
     (Phase.ANSWERED, Published): _T._nothing,
     (Phase.ANSWERED, Voted): _T._remember_vote,
     (Phase.ANSWERED, AbortRequested): _T._nothing,
@@ -528,6 +530,7 @@ RULES: dict[tuple[Phase, type], Callable[..., list[Action]]] = {
     (Phase.ANSWERED, Refused): _T._refused,
     (Phase.ANSWERED, ClaimStands): _T._nothing,
     (Phase.ANSWERED, Answered): _T._nothing,
+    (Phase.ANSWERED, Finished): _T._nothing,
     (Phase.ANSWERED, Resolved): _T._resolved,
     (Phase.UNKNOWN, Published): _T._nothing,
     (Phase.UNKNOWN, AbortRequested): _T._nothing,
