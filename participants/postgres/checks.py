@@ -43,7 +43,7 @@ async def connect_checked(
 
 
 def _unreachable(name: str, location: Location, message: str) -> str:
-    said = location.hide_password(message.removeprefix("connection failed: ")).strip()
+    said = location.for_people(message.removeprefix("connection failed: "))
     reason = said.partition("FATAL:")[2].strip()
     for start, fix in _REFUSALS.items():
         if start in reason.partition('"')[0]:

@@ -117,7 +117,7 @@ async def _ask(pgconn: PGconn, statement: bytes, seconds: float) -> Reply:
             generators.execute(pgconn), pgconn.socket, interval=_WAKE_SECONDS, timeout=seconds
         )
     except psycopg.Error as error:
-        return Reply(message=str(error).strip(), connected=False)
+        return Reply(message=" ".join(str(error).split()), connected=False)
     finally:
         pgconn.notice_handler = None
     connected = pgconn.status == ConnStatus.OK

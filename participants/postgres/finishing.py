@@ -215,7 +215,8 @@ class Finisher:
             except TimeoutError as error:
                 raise DatabaseUnavailable(f"{self._name} does not answer") from error
             except psycopg.Error as error:
-                raise DatabaseUnavailable(f"{self._name} cannot be reached: {error}") from error
+                line = " ".join(str(error).split())
+                raise DatabaseUnavailable(f"{self._name} cannot be reached: {line}") from error
         try:
             yield connection
         finally:

@@ -59,9 +59,10 @@ class Location:
         self._port = str(given.get("port") or os.environ.get("PGPORT", "5432"))
         self._database = str(given.get("dbname") or os.environ.get("PGDATABASE", ""))
 
-    def hide_password(self, message: str) -> str:
-        """The message, for people, without the password should it be quoted there."""
-        return message.replace(self._password, "***") if self._password else message
+    def for_people(self, message: str) -> str:
+        """The message in one line, and without the password should it be quoted there."""
+        line = " ".join(message.split())
+        return line.replace(self._password, "***") if self._password else line
 
     def __str__(self) -> str:
         hosts = self._host.split(",")

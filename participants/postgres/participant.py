@@ -294,7 +294,7 @@ class _Open:
         except (psycopg.Error, DatabaseUnavailable) as error:
             where = self._participant._location
             raise TransactionAborted(
-                f"{self._name} cannot be reached at {where}: {where.hide_password(str(error))}",
+                f"{self._name} cannot be reached at {where}: {where.for_people(str(error))}",
                 retryable=True,
             ) from error
 
@@ -312,6 +312,8 @@ class _Open:
     async def _enlist(self, transaction: GlobalTransaction, session: ServerConnection) -> Work:
         try:
             xid = await transaction.enlist(self._participant, one_phase=True)
+            if transaction.is_over:
+                raise TransactionError(f"{self._name}: the transaction of {xid} is over")
         except BaseException:
             self.pool.release(session)
             raise

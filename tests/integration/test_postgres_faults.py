@@ -147,6 +147,19 @@ async def test_one_phase_commit_lost_is_resolved(
     assert answer[2] is (verdict is Verdict.ABORT)  # running it again may help
 
 
+async def test_one_phase_commit_that_never_arrived_is_not_waited_for_for_ever(
+    proxied: PostgreSQL, proxy: Proxy, database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's session idles in its transaction: it has to be told to end."""
+    monkeypatch.setattr("participants.postgres.work.ANSWER_SECONDS_MAX", 0.1)
+    transaction = await work(proxied, seconds=0.3)
+    proxy.on(b"COMMIT", Fault.BLACK_HOLE)
+    async with asyncio.timeout(10):
+        verdict, reason, retryable = await proxied.commit_one_phase(transaction.branch)
+    assert verdict is Verdict.ABORT and retryable and "rolled back" in reason
+    assert query(database, BALANCE) == [(100,)]
+
+
 async def test_one_phase_commit_waits_for_a_killed_server(
     proxied: PostgreSQL, proxy: Proxy, database: str, postgres_server: EmbeddedServer
 ) -> None:
@@ -180,6 +193,28 @@ async def test_a_killed_server_keeps_the_promise(
     await asyncio.to_thread(postgres_server.start)
     assert [found.xid for found in await accounts.recover()] == [branch.xid]
     assert await until_ended(lambda: accounts.commit(branch)) == FINISHED
+    assert query(database, BALANCE) == [(99,)]
+
+
+async def test_one_dead_connection_betrays_all_that_are_as_old(
+    accounts: PostgreSQL, database: str, postgres_server: EmbeddedServer
+) -> None:
+    """After a restart one attempt fails, not one for each pooled connection."""
+    transaction = await work(accounts)
+    branch = with_token(transaction, await accounts.prepare(transaction.branch.xid))
+    assert accounts._open is not None
+    readers = []
+    for _ in range(3):
+        async with trial(accounts._open.binding) as reader:
+            await (await accounts.connection()).execute("SELECT 1")
+        readers.append(reader)
+    for reader in readers:
+        await accounts.rollback(reader.branch)
+    await asyncio.to_thread(postgres_server.kill)
+    await asyncio.to_thread(postgres_server.start)
+    with pytest.raises(DatabaseUnavailable):
+        await accounts.commit(branch)
+    assert await accounts.commit(branch) == FINISHED
     assert query(database, BALANCE) == [(99,)]
 
 

@@ -18,6 +18,7 @@ from coordinator.participant import Binding
 from participants.conformance import binding, trial
 from participants.postgres import PostgreSQL, psycopg_private
 from participants.postgres.lease import Lease
+from participants.postgres.statements import Begin
 from tests.support.postgres import gids, query, sessions
 
 SLOW = "SELECT pg_sleep(60)"
@@ -135,6 +136,41 @@ async def test_a_connection_that_opens_while_the_transaction_ends_is_refused(
     assert participant._open is not None
     assert participant._open.by_branch == {} and participant._open._entries == {}
     assert participant._open.pool._slots == participant._open.pool.size
+
+
+async def test_an_ended_branch_cannot_be_begun_again(accounts: PostgreSQL) -> None:
+    """A second task that was waiting to open the connection comes too late."""
+    async with trial(bound(accounts)) as transaction:
+        await accounts.connection()
+    opened = accounts._open
+    assert opened is not None
+    work = opened.by_branch[transaction.branch.id]
+    await accounts.rollback(transaction.branch)
+    session = await opened.pool.acquire(transaction.deadline)
+    with pytest.raises(TransactionError, match="is over"):
+        await work.begin(session, Begin())
+    assert opened.pool._slots == opened.pool.size
+
+
+async def test_a_descriptor_stays_open_until_its_waiter_has_let_go(
+    accounts: PostgreSQL, database: str
+) -> None:
+    """Closed under a waiter, its number could be given to another socket of the event loop."""
+    async with trial(bound(accounts)) as transaction:
+        connection = await accounts.connection()
+        stray = asyncio.create_task(connection.execute(SLOW.encode()))
+        await until(lambda: running(database, "pg_sleep"))
+    assert accounts._open is not None
+    accounts._open.by_branch[transaction.branch.id].lose("the test says so")
+    assert _state(connection) is psycopg.pq.ConnStatus.OK
+    with pytest.raises(TransactionError, match="the test says so"):
+        await stray
+    assert _state(connection) is psycopg.pq.ConnStatus.BAD
+    await accounts.rollback(transaction.branch)
+
+
+def _state(connection: AsyncConnection[Any]) -> psycopg.pq.ConnStatus:
+    return psycopg.pq.ConnStatus(connection.pgconn.status)
 
 
 async def test_verbs_raise_and_say_what_to_do(accounts: PostgreSQL) -> None:
