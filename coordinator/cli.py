@@ -19,8 +19,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from coordinator.commands.output import one_line
-from coordinator.errors import ConfigurationError, TransactionError
+from coordinator.errors import ConfigurationError, TransactionError, one_line
 
 PROGRAM = "syncpoint"
 EXIT_FAILED = 1

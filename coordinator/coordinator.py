@@ -198,8 +198,7 @@ class Coordinator:
         block ends with the commit, or raises `TransactionAborted`, `OutcomeUnknown` or
         `HeuristicOutcome`.
         """
-        seconds = self._checked(timeout)
-        return Scope(lambda: self._begin(seconds), self._running)
+        return self._scope(self._checked(timeout))
 
     @overload
     def transactional(
@@ -218,16 +217,16 @@ class Coordinator:
         """
         seconds = self._checked(timeout)
 
-        def scope() -> Scope:
-            return Scope(lambda: self._begin(seconds), self._running)
-
         if function is not None:
-            return decorate(function, scope)
-        return lambda each: decorate(each, scope)
+            return decorate(function, lambda: self._scope(seconds))
+        return lambda each: decorate(each, lambda: self._scope(seconds))
 
-    def _begin(self, timeout: float) -> GlobalTransaction:
-        engine = self._running()
-        return GlobalTransaction(engine, engine.begin(timeout), timeout)
+    def _scope(self, timeout: float) -> Scope:
+        def begin() -> GlobalTransaction:
+            engine = self._running()
+            return GlobalTransaction(engine, engine.begin(timeout), timeout)
+
+        return Scope(begin, self._running)
 
     def _checked(self, timeout: float | None) -> float:
         seconds = self.settings.timeout if timeout is None else timeout

@@ -18,6 +18,11 @@ from __future__ import annotations
 from coordinator.model import Branch, Ending, Outcome, TransactionId
 
 
+def one_line(text: object) -> str:
+    """What `str` makes of it, with every run of blanks and line ends as one blank."""
+    return " ".join(str(text).split())
+
+
 class TransactionError(Exception):
     """The base of all. Raised itself for work on a lease or transaction that is over."""
 

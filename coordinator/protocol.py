@@ -85,7 +85,8 @@ class Transaction:
     """One global transaction as one coordinator sees it.
 
     `claims` are taken with a commit; with claims an abort is recorded too, since the next attempt
-    under the same key waits for that record. `handed` says that somebody else was handed the votes.
+    under the same key waits for that record. `handed` says that somebody else was handed the votes,
+    or, in recovery, that somebody else had them first.
     """
 
     __slots__ = (
@@ -99,7 +100,6 @@ class Transaction:
         "_heuristic",
         "_named",
         "_out",
-        "_own",
         "_private",
         "_unended",
         "_votes",
@@ -126,7 +126,6 @@ class Transaction:
         self._private = private and not claims and not handed
         self._claims = claims
         self._handed = handed
-        self._own = True
         self._attachment = b""
         self._commit_proposed = False
         self._abort_proposed = False
@@ -141,11 +140,10 @@ class Transaction:
     @classmethod
     def in_doubt(cls, transaction: TransactionId, branches: Iterable[Branch]) -> Transaction:
         """A transaction found by recovery, with the branches that were seen prepared."""
-        found = cls(transaction, private=False)
+        found = cls(transaction, private=False, handed=True)
         for branch in branches:
             found._enlist(Enlisted(branch))
         found.phase = Phase.IN_DOUBT
-        found._own = False
         return found
 
     def step(self, event: Event) -> list[Action]:
@@ -333,13 +331,12 @@ class Transaction:
 
     def _refused(self, event: Refused) -> list[Action]:
         # Refused is not abort. Only who prepared the branches itself, never proposed commit and
-        # never handed the votes on knows that nobody can have committed.
-        if self._own and not self._commit_proposed and not self._handed:
-            return self._roll_back()
+        # never handed the votes on knows that nobody can have committed, and `_abort` has rolled
+        # back without waiting for the log. Whoever waits for it here does not know.
         self.phase = Phase.UNKNOWN
         self.outcome = Outcome.UNKNOWN
         self._give_reason("the log has forgotten transactions of that age", False)
-        if self._handed or not self._own:
+        if self._handed:
             return []
         # Whatever may be prepared is left alone; a session that only read ends for its own sake.
         readers = [

@@ -19,7 +19,7 @@ import msgspec
 
 from coordinator.log.base import Record, Resource
 from coordinator.members.base import Beat
-from coordinator.model import Branch, MemberId, TransactionId, Verdict, id_floor
+from coordinator.model import Branch, MemberId, TransactionId, id_floor
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -162,10 +162,9 @@ def clear_mark(
     clear = id_floor(scan_began_ms)
     for branch in seen:
         record = records.get(branch.xid.transaction)
-        named = record is not None and record.decision.verdict is not Verdict.ABORT
-        if named and record is not None and branch.id in {b.id for b in record.decision.branches}:
-            continue
-        clear = min(clear, branch.xid.transaction)
+        named = record.decision.branches if record is not None else ()
+        if all(branch.id != each.id for each in named):
+            clear = min(clear, branch.xid.transaction)
     return clear
 
 

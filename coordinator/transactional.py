@@ -197,7 +197,6 @@ class Scope:
         self._begin = begin
         self._owner = owner
         self._transaction: GlobalTransaction | None = None
-        self._joined = False
         self._token: Token[GlobalTransaction | None] | None = None
         self._timer: asyncio.Timeout | None = None
 
@@ -214,7 +213,7 @@ class Scope:
                     "a transaction of another coordinator is running here: two coordinators cannot "
                     "make one atomic commit; use one coordinator for all participants"
                 )
-            self._transaction, self._joined = outer, True
+            self._transaction = outer
             return outer
         transaction = self._transaction = self._begin()
         self._token = _current.set(transaction)
@@ -231,12 +230,10 @@ class Scope:
         transaction = self._transaction
         if transaction is None:
             raise TransactionError("the transaction was never entered")
-        if self._joined:
+        if self._timer is None or self._token is None:  # joined: the outer scope ends it
             if error is not None:
                 transaction.doom(_doomed_by(error, transaction))
             return
-        if self._timer is None or self._token is None:
-            raise TransactionError("the transaction was never entered")
         _current.reset(self._token)
         try:
             await self._timer.__aexit__(kind, error, traceback)

@@ -20,9 +20,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from coordinator.commands.output import messages, one_line, print_json, progress_bar, results
+from coordinator.commands.output import messages, print_json, progress_bar, results
 from coordinator.coordinator import Coordinator
-from coordinator.errors import ConfigurationError, LogUnavailable
+from coordinator.errors import ConfigurationError, LogUnavailable, one_line
 from coordinator.model import Status, TransactionId, Verdict
 from coordinator.recovery import Round
 from coordinator.sweep import Case

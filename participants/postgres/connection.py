@@ -14,6 +14,7 @@ from psycopg import AsyncConnection, generators, waiting
 from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
+from coordinator.errors import one_line
 from participants.postgres import psycopg_private, statements
 from participants.postgres.replies import DatabaseUnavailable, Reply, is_replication_warning
 from participants.postgres.statements import Greeting
@@ -117,7 +118,7 @@ async def _ask(pgconn: PGconn, statement: bytes, seconds: float) -> Reply:
             generators.execute(pgconn), pgconn.socket, interval=_WAKE_SECONDS, timeout=seconds
         )
     except psycopg.Error as error:
-        return Reply(message=" ".join(str(error).split()), connected=False)
+        return Reply(message=one_line(error), connected=False)
     finally:
         pgconn.notice_handler = None
     connected = pgconn.status == ConnStatus.OK

@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 
 import psycopg
 
-from coordinator.errors import ConfigurationError, ProtocolError
+from coordinator.errors import ConfigurationError, ProtocolError, one_line
 from coordinator.model import FINISHED, Branch, Ending, EndingKind, LogId, Xid
 from participants.postgres import statements
 from participants.postgres.connection import ANSWER_SECONDS_MAX, ServerConnection
@@ -215,8 +215,9 @@ class Finisher:
             except TimeoutError as error:
                 raise DatabaseUnavailable(f"{self._name} does not answer") from error
             except psycopg.Error as error:
-                line = " ".join(str(error).split())
-                raise DatabaseUnavailable(f"{self._name} cannot be reached: {line}") from error
+                raise DatabaseUnavailable(
+                    f"{self._name} cannot be reached: {one_line(error)}"
+                ) from error
         try:
             yield connection
         finally:

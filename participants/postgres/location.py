@@ -8,7 +8,7 @@ from typing import Any
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
 
-from coordinator.errors import ConfigurationError
+from coordinator.errors import ConfigurationError, one_line
 
 NAME_CHARACTERS_MAX = 100
 
@@ -61,7 +61,7 @@ class Location:
 
     def for_people(self, message: str) -> str:
         """The message in one line, and without the password should it be quoted there."""
-        line = " ".join(message.split())
+        line = one_line(message)
         return line.replace(self._password, "***") if self._password else line
 
     def __str__(self) -> str:

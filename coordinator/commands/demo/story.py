@@ -24,8 +24,8 @@ from coordinator.commands.demo.narrator import Narrator, NotAsTold, comparison
 from coordinator.commands.demo.stage import ACCOUNTS, BALANCE, Stage, set_stage
 from coordinator.commands.demo.traffic import AT_ONCE, run_traffic, transfer_once
 from coordinator.commands.demo.transfer import BEFORE_DECISION, BETWEEN_COMMITS
-from coordinator.commands.output import one_line, progress_bar, results
-from coordinator.errors import ConfigurationError, TransactionError
+from coordinator.commands.output import progress_bar, results
+from coordinator.errors import ConfigurationError, TransactionError, one_line
 from coordinator.model import Xid
 
 ACCOUNT = 7
@@ -58,7 +58,7 @@ def run(*, transfers: int, keep: bool) -> int:
     except (
         NotAsTold, CrashMissed, TransactionError, psycopg.Error, ExceptionGroup, OSError
     ) as error:  # fmt: skip
-        narrator.bad(f"This did not come out as told: {one_line(str(error))}")
+        narrator.bad(f"This did not come out as told: {one_line(error)}")
         return 1
     return 0
 
