@@ -94,6 +94,13 @@ def test_an_unknown_outcome_touches_nothing_of_handed_branches() -> None:
     assert transaction.step(Refused()) == []
 
 
+def test_an_unknown_outcome_touches_nothing_that_recovery_found() -> None:
+    """Who recovers has prepared nothing itself: somebody else may be committing it."""
+    transaction = Transaction.in_doubt(ID, [A])
+    steps(transaction, AbortRequested(), Voted(A.id, READ_ONLY))
+    assert transaction.step(Refused()) == []
+
+
 def test_an_abort_needs_no_record() -> None:
     """An abort needs no record as long as no commit was proposed and no votes were handed on."""
     transaction = preparing(A)

@@ -1,0 +1,89 @@
+"""The pure rules of the sweep: what a scan leaves clear, and how far the horizon may rise."""
+
+from __future__ import annotations
+
+from coordinator.log.base import Record, Resource
+from coordinator.members.base import Beat, InFlight
+from coordinator.model import (
+    ABORT,
+    Branch,
+    BranchId,
+    Decision,
+    LogId,
+    MemberId,
+    TransactionId,
+    Verdict,
+    Xid,
+    id_floor,
+)
+from coordinator.sweep import clear_mark, horizon_candidate
+
+MEMBER = MemberId("a" * 16)
+SCAN_MS = 1_000_000
+OLD = id_floor(SCAN_MS - 500)
+
+
+def branch(transaction: TransactionId, number: int) -> Branch:
+    return Branch(Xid(LogId("c" * 16), MEMBER, transaction, BranchId(f"{number:016x}")), "accounts")
+
+
+def mark_after(seen: list[Branch], record: Record | None = None) -> TransactionId:
+    records = {} if record is None else {record.transaction: record}
+    return clear_mark(scan_began_ms=SCAN_MS, seen=seen, records=records)
+
+
+def test_a_scan_that_sees_nothing_is_clear_up_to_its_beginning() -> None:
+    assert mark_after([]) == id_floor(SCAN_MS)
+
+
+def test_a_branch_without_a_record_holds_the_mark_back() -> None:
+    assert mark_after([branch(id_floor(SCAN_MS - 10), 1), branch(OLD, 2)]) == OLD
+
+
+def test_a_named_branch_of_a_commit_does_not() -> None:
+    """Its record stays by itself, so one dead database never holds up forgetting."""
+    named = branch(OLD, 1)
+    record = Record(OLD, Decision(Verdict.COMMIT, (named,)))
+    assert mark_after([named], record) == id_floor(SCAN_MS)
+
+
+def test_a_branch_that_the_commit_does_not_name_does() -> None:
+    record = Record(OLD, Decision(Verdict.COMMIT, (branch(OLD, 1),)))
+    assert mark_after([branch(OLD, 2)], record) == OLD
+
+
+def test_a_branch_of_a_recorded_abort_does() -> None:
+    assert mark_after([branch(OLD, 1)], Record(OLD, ABORT)) == OLD
+
+
+def candidate(
+    *,
+    clock_ms: int = SCAN_MS,
+    newest: TransactionId | None = None,
+    flying: TransactionId | None = None,
+    clear: TransactionId | None = None,
+    swept_ms: int = SCAN_MS,
+) -> TransactionId:
+    flights = [] if flying is None else [InFlight(flying, 1.0, "preparing")]
+    mark = id_floor(SCAN_MS) if clear is None else clear
+    return horizon_candidate(
+        retention_ms=100,
+        absence_limit_ms=10_000,
+        now_ms=SCAN_MS,
+        alive={MEMBER: Beat(clock_ms, 1, flights)},
+        newest_seen=id_floor(SCAN_MS) if newest is None else newest,
+        resources=[Resource("accounts", "an identity", mark, swept_ms)],
+    )
+
+
+def test_the_horizon_stays_behind_each_of_its_bounds() -> None:
+    assert candidate() == id_floor(SCAN_MS - 100)
+    assert candidate(clock_ms=SCAN_MS - 300) == id_floor(SCAN_MS - 400)
+    assert candidate(newest=OLD) == OLD
+    assert candidate(flying=OLD) == OLD
+    assert candidate(clear=OLD) == OLD
+
+
+def test_a_resource_that_stays_away_for_too_long_is_waited_for_no_more() -> None:
+    assert candidate(clear=OLD, swept_ms=SCAN_MS - 10_000) == OLD
+    assert candidate(clear=OLD, swept_ms=SCAN_MS - 10_001) == id_floor(SCAN_MS - 100)
