@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar, overload
 
 from coordinator import config
 from coordinator.config import Settings
-from coordinator.engine import Engine, draw_member_id
+from coordinator.engine import Engine, draw_member_id, now_ms
 from coordinator.errors import ConfigurationError, TransactionError
 from coordinator.log import open_log
 from coordinator.log.base import BelowHorizon, Log, LogIdentity, Proposal
@@ -145,7 +145,7 @@ class Coordinator:
                     f"({identity}): a transaction has one branch a database, so name it once"
                 )
             identities[identity] = name
-            await log.register(name, identity)
+            await log.register(name, identity, now_ms())
         return unreachable
 
     async def close(self) -> None:

@@ -135,6 +135,12 @@ class Decision(msgspec.Struct, frozen=True):
     branches: tuple[Branch, ...] = ()
     last_resource: Branch | None = None
 
+    @property
+    def named(self) -> tuple[Branch, ...]:
+        """Every branch that it names, the last resource among them."""
+        last = self.last_resource
+        return self.branches if last is None else (*self.branches, last)
+
 
 ABORT = Decision(Verdict.ABORT)
 

@@ -245,12 +245,18 @@ class Recovery:
             return
         self._kept_house = now
         engine, log, settings = self._engine, self._engine.log, self._engine.settings
+        retention_ms = int(settings.retention * 1000)
         for name, branches in found.items():
-            clear = clear_mark(scan_began_ms=scan_began_ms, seen=branches, records=records)
+            clear = clear_mark(
+                scan_began_ms=scan_began_ms,
+                retention_ms=retention_ms,
+                seen=branches,
+                records=records,
+            )
             await log.swept(name, clear, scan_began_ms)
         newest = max([engine.newest, *records])
         candidate = horizon_candidate(
-            retention_ms=int(settings.retention * 1000),
+            retention_ms=retention_ms,
             absence_limit_ms=int(settings.absence_limit * 1000),
             now_ms=scan_began_ms,
             alive=await engine.members.alive(),

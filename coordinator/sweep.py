@@ -105,7 +105,8 @@ class Watch:
         alive: Mapping[MemberId, Beat],
     ) -> bool:
         sighting = self._sightings[transaction]
-        owners = {branch.xid.member for branch in branches or _named(record)}
+        named = () if record is None else record.decision.named
+        owners = {branch.xid.member for branch in branches or named}
         if not owners & alive.keys():
             return True
         if sighting.rounds < 2:
@@ -131,13 +132,6 @@ class Watch:
         return sighting.published or min(beats) < 3
 
 
-def _named(record: Record | None) -> tuple[Branch, ...]:
-    if record is None:
-        return ()
-    last = record.decision.last_resource
-    return record.decision.branches if last is None else (*record.decision.branches, last)
-
-
 def _published_seconds_left(
     transaction: TransactionId, alive: Mapping[MemberId, Beat]
 ) -> float | None:
@@ -151,15 +145,18 @@ def _published_seconds_left(
 def clear_mark(
     *,
     scan_began_ms: int,
+    retention_ms: int,
     seen: Iterable[Branch],
     records: Mapping[TransactionId, Record],
 ) -> TransactionId:
     """Up to which id a completed scan of one resource saw nothing that still needs a decision.
 
-    Named branches of unfinished commits do not count: their records stay, each by itself, so one
-    dead database never holds up forgetting.
+    A transaction younger than half the retention, which is longer than any deadline, may prepare
+    after the scan: a resource that then goes away must not count as clear of it. Named branches of
+    unfinished commits do not count: their records stay, each by itself, so one dead database never
+    holds up forgetting.
     """
-    clear = id_floor(scan_began_ms)
+    clear = id_floor(scan_began_ms - retention_ms // 2)
     for branch in seen:
         record = records.get(branch.xid.transaction)
         named = record.decision.branches if record is not None else ()
@@ -183,10 +180,12 @@ def horizon_candidate(
     below everything that is in flight and known, and below what each resource's last sweep saw
     clear, unless that resource has been away for longer than `absence_limit_ms`.
     """
-    clocks = [beat.clock_ms for beat in alive.values()] or [now_ms]
-    bounds = [id_floor(min(*clocks, now_ms) - retention_ms), newest_seen]
+    slowest_ms = min([beat.clock_ms for beat in alive.values()] + [now_ms])
+    bounds = [id_floor(slowest_ms - retention_ms), newest_seen]
     bounds += [flight.transaction for beat in alive.values() for flight in beat.in_flight]
     bounds += [
-        resource.clear for resource in resources if now_ms - resource.swept_ms <= absence_limit_ms
+        resource.clear
+        for resource in resources
+        if slowest_ms - resource.swept_ms <= absence_limit_ms
     ]
     return min(bounds)

@@ -204,8 +204,11 @@ class Housekeeping(Protocol):
         Claims go when they were taken before `claims_before_ms` and below the horizon.
         """
 
-    async def register(self, name: str, identity: str) -> Resource:
+    async def register(self, name: str, identity: str, now_ms: int) -> Resource:
         """Make the horizon wait for a resource; keeps what is known of it.
+
+        A new one counts as swept at `now_ms` with nothing seen clear, so that the horizon waits for
+        its first sweep as long as it would for a later one.
 
         Raises `ConfigurationError` if the name stands for another identity and an unfinished commit
         still names it; otherwise the name is given to the new identity.

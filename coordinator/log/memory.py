@@ -72,8 +72,8 @@ class MemoryLog:
     async def forget(self, limit: int, *, claims_before_ms: int) -> int:
         return self._ready().forget(limit, claims_before_ms=claims_before_ms)
 
-    async def register(self, name: str, identity: str) -> Resource:
-        return self._ready().register(name, identity)
+    async def register(self, name: str, identity: str, now_ms: int) -> Resource:
+        return self._ready().register(name, identity, now_ms)
 
     async def swept(self, name: str, clear: TransactionId, swept_ms: int) -> None:
         self._ready().swept(name, clear, swept_ms)

@@ -110,13 +110,13 @@ class Register:
                 del self._claims[claim]
         return len(gone)
 
-    def register(self, name: str, identity: str) -> Resource:
+    def register(self, name: str, identity: str, now_ms: int) -> Resource:
         known = self._resources.get(name)
         if known is not None and known.identity == identity:
             return known
         if known is not None and self._is_named(name):
             raise another_identity(name, known.identity, identity)
-        created = Resource(name, identity, clear=self.horizon, swept_ms=id_time_ms(self.horizon))
+        created = Resource(name, identity, clear=self.horizon, swept_ms=now_ms)
         self._resources[name] = created
         return created
 
@@ -125,7 +125,7 @@ class Register:
             branch.participant == participant
             for record in self._records.values()
             if not record.finished
-            for branch in record.decision.branches
+            for branch in record.decision.named
         )
 
     def swept(self, name: str, clear: TransactionId, swept_ms: int) -> None:

@@ -212,9 +212,9 @@ async def test_one_unreadable_record_parks_only_itself(path: Path) -> None:
         with pytest.raises(LogUnavailable, match=ids[1]):
             await call
     assert not stands(await log.propose(Proposal(ids[0], ABORT))).ours
-    await log.register("stock", "old")
+    await log.register("stock", "old", 0)
     with pytest.raises(ConfigurationError):
-        await log.register("stock", "new")
+        await log.register("stock", "new", 0)
     await log.raise_horizon(place.draw())
     assert await log.forget(10, claims_before_ms=0) == 0, "it is unfinished, whatever it says"
     await place.close()
@@ -229,7 +229,7 @@ async def test_a_decision_that_cannot_be_stored_is_refused_and_harms_nobody(path
         log.propose(Proposal(transaction, commit, attachment=b"x" * 2_000_000)),
         log.propose(Proposal(other, commit)),
         log.swept("unregistered", other, 1),
-        log.register("\ud800", "a name that is no text"),
+        log.register("\ud800", "a name that is no text", 0),
         log.propose(Proposal(other, ABORT)),
     ]
     too_large, foreign, unknown, no_text, fine = await asyncio.gather(

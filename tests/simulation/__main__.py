@@ -164,7 +164,9 @@ def print_failure(failure: Failure, parts: Parts, bug: str, *, shrunk: bool) -> 
 
 def find_bug(bug: Bug, most: int = BUG_SEEDS_MOST) -> tuple[int, str] | None:
     """The number of seeds until the bug is found, and the invariant that found it."""
-    summary = run_seeds(range(most), bug.parts, stop_at_failure=True)
+    summary = run_seeds(
+        range(bug.first_seed, bug.first_seed + most), bug.parts, stop_at_failure=True
+    )
     if not summary.failures:
         return None
     return summary.seeds, summary.failures[0][1]

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
-
-import msgspec
 
 from coordinator.events import Answered, Decide, Decided, Enlisted, Refused
 from coordinator.log.base import Answer
@@ -114,18 +111,6 @@ class UnknownIsDone(Resource):
         if slot.state == WORKING and request[2] is DOUBT:
             return FINISHED
         return super().rollback(request)
-
-
-class ClearOnlyRises(LogServer):
-    def swept(self, marks: Sequence[tuple[str, TransactionId, int]]) -> bool:
-        known = self.register._resources
-        for name, clear, swept_ms in marks:
-            known[name] = msgspec.structs.replace(
-                known[name],
-                clear=max(known[name].clear, clear),
-                swept_ms=max(known[name].swept_ms, swept_ms),
-            )
-        return True
 
 
 class TellsEarly(Teller):

@@ -178,12 +178,13 @@ class Checker:
         attempts = self.keys.setdefault(key, [])
         truth.key = key
         attempts.append(truth)
-        if truth.outcome is Verdict.ABORT:
-            return  # it was held up, and its end is recorded already
+        horizon = truth.log.horizon  # type: ignore[attr-defined]
+        if truth.outcome is Verdict.ABORT or truth.id < horizon:
+            return  # it was held up for so long that it can never commit
         for former in attempts[:-1]:
             if former.outcome is Verdict.ABORT:
                 continue
-            if former.deleted or former.id < truth.log.horizon:  # type: ignore[attr-defined]
+            if former.deleted or former.id < horizon:
                 if not former.committed:
                     continue
                 raise Violation("keys", f"{truth.id} begins, but {former.id} committed {key}")

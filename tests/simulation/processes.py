@@ -17,6 +17,7 @@ from coordinator.sweep import Case
 from tests.simulation.drivers import Driver
 from tests.simulation.faults import (
     BEAT_INTERVAL,
+    DEADLINE,
     MARKS_INTERVAL,
     PUBLISHED_AFTER,
     RETENTION,
@@ -142,7 +143,9 @@ class Process:
         if self.world.trace is not None:
             self.world.note(f"{self} is paused for {seconds:.2f} s")
         self.paused = True
-        self.world.quiet_at = max(self.world.quiet_at, self.world.now + seconds)
+        # Who then goes on, a key's caller for instance, still waits and works for its own time.
+        quiet_at = self.world.now + seconds + 3 * DEADLINE
+        self.world.quiet_at = max(self.world.quiet_at, quiet_at)
         self.world.at(seconds, self.resume)
 
     def resume(self) -> None:

@@ -252,6 +252,7 @@ class Sweeper:
         for name, branches in self.found.items():
             clear = self.world.parts.clear_mark(
                 scan_began_ms=self.began_ms,
+                retention_ms=int(RETENTION * 1000),
                 seen=self._unquarantined(branches),
                 records=self.records,
             )

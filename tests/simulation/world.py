@@ -101,7 +101,7 @@ class World:
         self.last_resource = LastResource(self, "topic")
         for log in self.logs:
             for resource in self.resources:
-                log.register.register(resource.name, resource.name)
+                log.register.register(resource.name, resource.name, self.epoch_ms)
         self.members: dict[str, dict[MemberId, tuple[Beat, Process, float]]] = {
             log.id: {} for log in self.logs
         }
@@ -124,6 +124,7 @@ class World:
         places = range(options.processes)
         amount = options.rate("clocks", 0.2, 1.0)
         self.skew = [SKEW_MOST * amount * (2.0 * draw() - 1.0) for _ in places]
+        self.fastest = max(self.skew)
         self.tempo = [1.0 + 0.3 * amount * (2.0 * draw() - 1.0) for _ in places]
 
     # Time.
@@ -191,7 +192,8 @@ class World:
 
         A branch that was prepared within its deadline is seen by every sweep before the horizon can
         reach it. So it takes a PREPARE that came later than half the retention after its
-        transaction's birth, by the fastest clock, or somebody who raised the horizon by hand.
+        transaction's birth, by the fastest clock that there was, or somebody who raised the horizon
+        by hand.
         """
         if self.early_horizon_used:
             return "the horizon was raised early"
@@ -200,7 +202,7 @@ class World:
         age = (
             self.epoch_ms / 1000
             + slot.prepared_at
-            + max(self.skew)
+            + self.fastest
             - (id_time_ms(slot.truth.id) / 1000)
         )
         if age >= RETENTION / 2:
@@ -365,6 +367,7 @@ class World:
     def _clock_jump(self, which: float, amount: float) -> None:
         self.count("S43 a clock jumps")
         self.skew[int(which * len(self.skew))] = SKEW_MOST * (2.0 * amount - 1.0)
+        self.fastest = max(self.fastest, *self.skew)
 
     def _early_horizon(self, which: float, amount: float) -> None:
         """Somebody raises the horizon by hand, past what lives: agreement must not mind."""

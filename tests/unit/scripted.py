@@ -148,7 +148,7 @@ async def engine_with(
     table: dict[MemberId, Beat] = {}
     engine = Engine(log, identity, LocalMembers(table), draw_member_id(), named, settings)
     for name in named:
-        await log.register(name, f"scripted:{name}")
+        await log.register(name, f"scripted:{name}", 0)
     await engine.start()
     try:
         yield Bench(engine, log, table)

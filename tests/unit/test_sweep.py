@@ -20,6 +20,8 @@ from coordinator.sweep import clear_mark, horizon_candidate
 
 MEMBER = MemberId("a" * 16)
 SCAN_MS = 1_000_000
+RETENTION_MS = 100
+CLEAR = id_floor(SCAN_MS - 50)
 OLD = id_floor(SCAN_MS - 500)
 
 
@@ -29,11 +31,12 @@ def branch(transaction: TransactionId, number: int) -> Branch:
 
 def mark_after(seen: list[Branch], record: Record | None = None) -> TransactionId:
     records = {} if record is None else {record.transaction: record}
-    return clear_mark(scan_began_ms=SCAN_MS, seen=seen, records=records)
+    return clear_mark(scan_began_ms=SCAN_MS, retention_ms=RETENTION_MS, seen=seen, records=records)
 
 
-def test_a_scan_that_sees_nothing_is_clear_up_to_its_beginning() -> None:
-    assert mark_after([]) == id_floor(SCAN_MS)
+def test_a_scan_that_sees_nothing_is_clear_of_what_can_prepare_no_more() -> None:
+    """Who is younger than half the retention may prepare after the scan."""
+    assert mark_after([]) == CLEAR
 
 
 def test_a_branch_without_a_record_holds_the_mark_back() -> None:
@@ -44,7 +47,7 @@ def test_a_named_branch_of_a_commit_does_not() -> None:
     """Its record stays by itself, so one dead database never holds up forgetting."""
     named = branch(OLD, 1)
     record = Record(OLD, Decision(Verdict.COMMIT, (named,)))
-    assert mark_after([named], record) == id_floor(SCAN_MS)
+    assert mark_after([named], record) == CLEAR
 
 
 def test_a_branch_that_the_commit_does_not_name_does() -> None:
@@ -67,7 +70,7 @@ def candidate(
     flights = [] if flying is None else [InFlight(flying, 1.0, "preparing")]
     mark = id_floor(SCAN_MS) if clear is None else clear
     return horizon_candidate(
-        retention_ms=100,
+        retention_ms=RETENTION_MS,
         absence_limit_ms=10_000,
         now_ms=SCAN_MS,
         alive={MEMBER: Beat(clock_ms, 1, flights)},
@@ -87,3 +90,13 @@ def test_the_horizon_stays_behind_each_of_its_bounds() -> None:
 def test_a_resource_that_stays_away_for_too_long_is_waited_for_no_more() -> None:
     assert candidate(clear=OLD, swept_ms=SCAN_MS - 10_000) == OLD
     assert candidate(clear=OLD, swept_ms=SCAN_MS - 10_001) == id_floor(SCAN_MS - 100)
+
+
+def test_absence_is_measured_by_the_smallest_clock() -> None:
+    """A sweeper whose clock runs ahead must not take a resource for absent."""
+    behind = SCAN_MS - 5_000
+    assert candidate(clear=OLD, swept_ms=behind - 10_000, clock_ms=behind) == min(
+        OLD, id_floor(behind - 100)
+    )
+    long_ago = id_floor(behind - 5_000)
+    assert candidate(clear=long_ago, swept_ms=behind - 10_000, clock_ms=behind) == long_ago

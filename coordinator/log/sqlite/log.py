@@ -134,8 +134,8 @@ class SQLiteLog:
             lambda store: store.forget(limit, claims_before_ms=claims_before_ms)
         )
 
-    async def register(self, name: str, identity: str) -> Resource:
-        return await self._write(lambda store: store.register(name, identity))
+    async def register(self, name: str, identity: str, now_ms: int) -> Resource:
+        return await self._write(lambda store: store.register(name, identity, now_ms))
 
     async def swept(self, name: str, clear: TransactionId, swept_ms: int) -> None:
         key = _key(clear)

@@ -25,7 +25,6 @@ from coordinator.model import (
     Verdict,
     Xid,
     id_floor,
-    id_time_ms,
 )
 
 AWAITED = "awaited"
@@ -202,18 +201,18 @@ class Store:
         )
         return deleted
 
-    def register(self, name: str, identity: str) -> Resource:
+    def register(self, name: str, identity: str, now_ms: int) -> Resource:
         known = next((each for each in self.resources() if each.name == name), None)
         if known is not None:
             if known.identity == identity:
                 return known
             if self._is_named(name):
                 raise another_identity(name, known.identity, identity)
-        created = Resource(name, identity, self.horizon, id_time_ms(self.horizon))
+        created = Resource(name, identity, self.horizon, now_ms)
         self._connection.execute(
             "INSERT INTO resource VALUES (?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
             "identity = excluded.identity, clear = excluded.clear, swept_ms = excluded.swept_ms",
-            (name, identity, self._horizon, created.swept_ms),
+            (name, identity, self._horizon, now_ms),
         )
         return created
 
@@ -225,8 +224,7 @@ class Store:
                 decision, _ = codec.decode(data, log=self._log, transaction=unpack_transaction(key))
             except ValueError:
                 return True
-            named = (*decision.branches, decision.last_resource)
-            if any(branch is not None and branch.participant == participant for branch in named):
+            if any(branch.participant == participant for branch in decision.named):
                 return True
         return False
 
