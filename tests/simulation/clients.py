@@ -45,9 +45,9 @@ class Plan:
 
     def __init__(self, number: int, draw: Random, options: Options) -> None:
         self.number = number
-        self.shape = draw.choices(options.shapes, options.weights())[0]
+        self.shape = options.shape_at(draw.random())
         self.start = options.safety * 0.85 * draw.random()
-        self.place = draw.randrange(options.processes)
+        self.place = int(draw.random() * options.processes)
         self.seconds = DEADLINE
         short, seconds = draw.random(), draw.random()
         if short < 0.3 and options.on("short-deadline"):
@@ -58,18 +58,19 @@ class Plan:
         self.meddle_at = 0.3 * at if meddle < 0.08 else -1.0
         self.polls = [draw.random() * 3.0, draw.random() * 12.0]
         no = options.rate("vote-no", 0.02, 0.2)
-        size = draw.choice((1, 2, 2, 2, 3))
+        size = (1, 2, 2, 2, 3)[int(draw.random() * 5)]
         if self.shape == "one-phase":
             size = 1
-        chosen = draw.sample(range(options.resources), min(size, options.resources))
+        first = int(draw.random() * options.resources)
         self.branches = []
-        for resource in chosen:
+        for offset in range(min(size, options.resources)):
+            resource = (first + offset) % options.resources
             read, refuse = draw.random(), draw.random()
             writes = read >= (0.85 if self.shape == "read-only" else 0.12)
             self.branches.append((resource, writes, refuse < no))
         self.calls = [
-            (draw.randrange(options.processes), 0.6 * DEADLINE * draw.random() * (2 + call))
-            for call in range(draw.choice((1, 2, 3)))
+            (int(draw.random() * options.processes), 0.6 * DEADLINE * draw.random() * (2 + call))
+            for call in range(1 + int(draw.random() * 3))
         ]
 
     def __repr__(self) -> str:

@@ -63,6 +63,7 @@ class Options:
     """
 
     __slots__ = (
+        "_by_weight",
         "cancel_prepare",
         "dropped",
         "fresh_log",
@@ -112,6 +113,9 @@ class Options:
                 self.rates[kind] = rate
         chosen = [shape for shape in SHAPES if draw.random() < 0.6] or ["plain"]
         self.shapes = tuple(chosen)
+        self._by_weight = [
+            shape for shape in chosen for _ in range(_SHAPE_WEIGHTS[SHAPES.index(shape)])
+        ]
 
     def on(self, kind: str) -> bool:
         return kind in self.rates
@@ -121,8 +125,9 @@ class Options:
         drawn = self.rates.get(kind)
         return 0.0 if drawn is None else least + (most - least) * drawn * drawn
 
-    def weights(self) -> list[int]:
-        return [_SHAPE_WEIGHTS[SHAPES.index(shape)] for shape in self.shapes]
+    def shape_at(self, drawn: float) -> str:
+        """The shape for a number drawn from 0 to 1, each by its weight."""
+        return self._by_weight[int(drawn * len(self._by_weight))]
 
     def command(self, bug: str = "") -> str:
         """The line that replays exactly this world."""

@@ -112,6 +112,9 @@ class Network:
                 world.count(_LOST.get(operation.__name__, "an answer is lost"))
         if lost or not process.alive:
             return
+        if world.healed:
+            process.deliver(done, context, answer)
+            return
         world.sequence += 1
         heappush(
             world.queue,

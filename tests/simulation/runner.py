@@ -70,6 +70,7 @@ def run_seeds(
     began = time.perf_counter()
     collected = gc.isenabled()
     gc.disable()  # worlds are full of cycles: collecting between them is cheaper than within
+    gc.freeze()
     try:
         for seed in seeds:
             world = World(Options(seed), parts)
@@ -85,6 +86,7 @@ def run_seeds(
                 if progress is not None:
                     progress(summary.seeds)
     finally:
+        gc.unfreeze()
         if collected:
             gc.enable()
     summary.seconds = time.perf_counter() - began

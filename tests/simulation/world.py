@@ -340,7 +340,7 @@ class World:
         resource.down = True
         self.count("a resource is unreachable")
         self.note(f"{resource.name} is unreachable")
-        self.at(0.2 + 1.6 * RETENTION * amount**3, self._up, resource)
+        self.at(0.2 + 2.4 * RETENTION * amount**2, self._up, resource)
 
     def _up(self, server: Resource | LogServer) -> None:
         server.down = False
