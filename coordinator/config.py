@@ -40,6 +40,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """How long a round waits for one participant to list its branches."""
     beat_interval: float = 0.5
     """How often a member says that it lives, and what it drives."""
+    active_most: int = 8
+    """How many transactions may work in databases at once, where those are near."""
     drain_timeout: float = 10.0
     """How long closing waits for second phases that are under way."""
     retry_first: float = 0.05
@@ -53,6 +55,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             value = getattr(self, field)
             if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
                 raise ConfigurationError(f"setting {field} is {value!r}: give seconds above 0")
+        if not isinstance(self.active_most, int) or self.active_most < 1:
+            raise ConfigurationError(
+                f"setting active_most is {self.active_most!r}: give a whole number of transactions"
+            )
         if self.timeout > self.timeout_max:
             raise ConfigurationError(
                 f"setting timeout is {self.timeout} s, above timeout_max ({self.timeout_max} s): "

@@ -5,28 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Iterable
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, overload
 
 from coordinator import config
+from coordinator.blocking import BlockingCoordinator
 from coordinator.config import Settings
+from coordinator.decorating import F, How, decorate
 from coordinator.engine import Engine, draw_member_id, now_ms
 from coordinator.errors import ConfigurationError, TransactionError
+from coordinator.keys import check_key
 from coordinator.log import open_log
 from coordinator.log.base import BelowHorizon, Log, LogIdentity, Proposal
 from coordinator.members.base import Members
 from coordinator.model import ABORT, Status, TransactionId, Verdict, parse_transaction_id
 from coordinator.participant import Binding, Participant
+from coordinator.propagation import Propagation
 from coordinator.recovery import Recovery, Round
-from coordinator.transactional import GlobalTransaction, Scope, Transactional, decorate
+from coordinator.scope import Options, Scope
 
 logger = logging.getLogger("syncpoint.coordinator")
-
-_P = ParamSpec("_P")
-_T = TypeVar("_T")
 
 
 class Coordinator:
@@ -60,6 +61,8 @@ class Coordinator:
         self._opened: list[Participant] = []
         self._sweep: asyncio.Task[None] | None = None
         self._recovery: Recovery | None = None
+        self.blocking = BlockingCoordinator(self)
+        """The same verbs for synchronous callers."""
         self._process = 0
         self._loop: asyncio.AbstractEventLoop | None = None
 
@@ -100,6 +103,8 @@ class Coordinator:
         and every `Round` names it.
         """
         if self._engine is not None:
+            self._forget_parent()
+        if self._engine is not None:
             raise TransactionError("the coordinator is open already")
         log, members = open_log(self._url)
         try:
@@ -112,10 +117,19 @@ class Coordinator:
         if sweep and self._recovery is not None:
             self._sweep = asyncio.get_running_loop().create_task(self._recovery.run())
 
+    def _members_seen(self) -> int:
+        return 1 if self._engine is None else self._engine.members_seen
+
+    def _forget_parent(self) -> None:
+        """After a fork: what is open belongs to the parent, and its sockets must not be touched."""
+        if self._process != os.getpid():
+            self._engine = self._log = self._sweep = self._recovery = None
+            self._opened = []
+
     async def _start(
         self, log: Log, identity: LogIdentity, members: Members, tolerate_unreachable: bool
     ) -> None:
-        binding = Binding(identity.id, draw_member_id(), self.cluster)
+        binding = Binding(identity.id, draw_member_id(), self.cluster, self._members_seen)
         unreachable = await self._open_participants(log, binding, tolerate_unreachable)
         opened = {participant.name: participant for participant in self._opened}
         engine = Engine(log, identity, members, binding.member, opened, self.settings)
@@ -150,6 +164,7 @@ class Coordinator:
 
     async def close(self) -> None:
         """Let running second phases end, then release everything. Harmless when closed."""
+        self._forget_parent()
         engine, self._engine = self._engine, None
         if self._sweep is not None:
             self._sweep.cancel()
@@ -171,7 +186,14 @@ class Coordinator:
         if log is not None:
             await log.close()
 
-    def _running(self) -> Engine:
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None:
+        """The event loop on which it is open; None when it is not, also in a forked child."""
+        if self._engine is None or self._process != os.getpid():
+            return None
+        return self._loop
+
+    def engine(self) -> Engine:
         """The engine; raises `TransactionError` when there is none to be used here."""
         if self._engine is None:
             raise TransactionError(
@@ -181,7 +203,8 @@ class Coordinator:
             raise TransactionError(
                 "the coordinator was opened before a fork: the child process must open its own"
             )
-        if self._loop is not asyncio.get_running_loop():
+        running = asyncio._get_running_loop()
+        if running is not None and running is not self._loop:
             raise TransactionError(
                 "the coordinator is open on another event loop: close it there before it is "
                 "opened on this one"
@@ -190,43 +213,85 @@ class Coordinator:
 
     # Transactions.
 
-    def transaction(self, *, timeout: float | None = None) -> Scope:
+    def transaction(
+        self,
+        *,
+        timeout: float | None = None,
+        key: str | None = None,
+        propagation: str = "required",
+    ) -> Scope:
         """`async with coordinator.transaction() as txn:` commits at the end of the block.
 
         `timeout` in seconds is the deadline of everything; nested inside another transaction it is
-        ignored and the block joins. Any exception aborts and is raised unchanged. Otherwise the
-        block ends with the commit, or raises `TransactionAborted`, `OutcomeUnknown` or
-        `HeuristicOutcome`.
+        ignored and the block joins, unless `propagation` says otherwise. `key` is an idempotency
+        key: a repeat raises `AlreadyDecided`. Any exception aborts and is raised unchanged.
+        Otherwise the block ends with the commit, or raises `TransactionAborted`, `OutcomeUnknown`
+        or `HeuristicOutcome`.
         """
-        return self._scope(self._checked(timeout))
+        return Scope(self.engine, self.options(timeout, key, propagation))
+
+    @overload
+    def transactional(self, function: F, /) -> F: ...
 
     @overload
     def transactional(
-        self, function: Callable[_P, Coroutine[Any, Any, _T]], /
-    ) -> Callable[_P, Coroutine[Any, Any, _T]]: ...
+        self,
+        function: None = None,
+        /,
+        *,
+        timeout: float | None = None,
+        propagation: str = "required",
+        attempts: int = 1,
+        idempotency_key: Callable[..., str] | None = None,
+        record_result: bool = False,
+    ) -> Callable[[F], F]: ...
 
-    @overload
     def transactional(
-        self, function: None = None, /, *, timeout: float | None = None
-    ) -> Transactional: ...
+        self,
+        function: Any = None,
+        /,
+        *,
+        timeout: float | None = None,
+        propagation: str = "required",
+        attempts: int = 1,
+        idempotency_key: Callable[..., str] | None = None,
+        record_result: bool = False,
+    ) -> Any:
+        """Make a function transactional, a coroutine function or an ordinary one.
 
-    def transactional(self, function: Any = None, /, *, timeout: float | None = None) -> Any:
-        """Make a coroutine function transactional: each call is a `transaction()` of its own.
-
-        Called inside another one it joins. Raises `ConfigurationError` for other functions.
+        Each call is a `transaction()` of its own; called inside another one it does what
+        `propagation` says, as in Jakarta Transactions: `required` joins. `attempts` is how often
+        the whole function is run after a retryable abort or a serialization failure (SQLSTATE
+        40001, 40P01), `timeout` the seconds of each. `idempotency_key` gets the call's arguments
+        and returns text: one key commits once; a repeat raises `AlreadyDecided`, or returns the
+        first result with `record_result`, which needs a return annotation for what is no plain
+        value. An ordinary function is for threads without an event loop, see `blocking`. Raises
+        `ConfigurationError` for what cannot be decorated.
         """
-        seconds = self._checked(timeout)
-
+        how = How(
+            timeout=self._checked(timeout),
+            propagation=Propagation.read(propagation),
+            attempts=attempts,
+            key=idempotency_key,
+            record_result=record_result,
+        ).validate()
         if function is not None:
-            return decorate(function, lambda: self._scope(seconds))
-        return lambda each: decorate(each, lambda: self._scope(seconds))
+            return decorate(function, how, self.engine, self.blocking)
+        return lambda each: decorate(each, how, self.engine, self.blocking)
 
-    def _scope(self, timeout: float) -> Scope:
-        def begin() -> GlobalTransaction:
-            engine = self._running()
-            return GlobalTransaction(engine, engine.begin(timeout), timeout)
-
-        return Scope(begin, self._running)
+    def options(self, timeout: float | None, key: str | None, propagation: str) -> Options:
+        """The checked arguments of `transaction`; raises `ConfigurationError`."""
+        kind = Propagation.read(propagation)
+        if kind in (Propagation.SUPPORTS, Propagation.NOT_SUPPORTED, Propagation.NEVER):
+            raise ConfigurationError(
+                f"propagation {propagation!r} may run without a transaction, which a block that "
+                "begins one cannot: use it with @coordinator.transactional"
+            )
+        return Options(
+            timeout=self._checked(timeout),
+            propagation=kind,
+            key=None if key is None else check_key(key),
+        )
 
     def _checked(self, timeout: float | None) -> float:
         seconds = self.settings.timeout if timeout is None else timeout
@@ -255,13 +320,13 @@ class Coordinator:
         after `LogUnavailable` the abort may stand or not: ask again.
         """
         transaction_id = parse_transaction_id(transaction)
-        answer = await self._running().log.propose(Proposal(transaction_id, ABORT))
+        answer = await self.engine().log.propose(Proposal(transaction_id, ABORT))
         if isinstance(answer, BelowHorizon):
             return Status.FORGOTTEN
         return await self._status(transaction_id)
 
     async def _status(self, transaction: TransactionId) -> Status:
-        reading = await self._running().log.read(transaction)
+        reading = await self.engine().log.read(transaction)
         if reading.record is None:
             below = transaction < reading.horizon
             return Status.FORGOTTEN if below else Status.UNDECIDED
@@ -278,7 +343,7 @@ class Coordinator:
         A branch of a living member is acted on when two rounds have seen it. `dry_run` changes
         nothing. Raises `LogUnavailable`.
         """
-        self._running()
+        self.engine()
         if self._recovery is None:
             raise TransactionError("the coordinator is not open")
         return await self._recovery.round(progress, dry_run=dry_run)

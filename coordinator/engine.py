@@ -19,10 +19,11 @@ from coordinator.config import Settings
 from coordinator.driver import Driver, Patience
 from coordinator.errors import LogUnavailable, TransactionError
 from coordinator.events import AbortRequested, Published
+from coordinator.gate import Gate
 from coordinator.log.base import Log, LogIdentity, Mark
 from coordinator.members.base import Beat, InFlight, Members
 from coordinator.model import Claim, MemberId, TransactionId, id_floor, id_time_ms
-from coordinator.participant import Participant
+from coordinator.participant import Participant, Pooled
 from coordinator.protocol import Phase, Transaction
 from coordinator.sweep import Case
 
@@ -30,6 +31,8 @@ logger = logging.getLogger("syncpoint.engine")
 
 MARKS_INTERVAL_SECONDS = 0.2
 PUBLISHED_AFTER_SECONDS = 1.0
+GATE_MOST = 1000
+"""Without participants that name a smaller bound."""
 
 
 def draw_member_id() -> MemberId:
@@ -62,6 +65,10 @@ class Engine:
         self.settings = settings
         self.retry_first = settings.retry_first
         self.retry_most = settings.retry_most
+        # Who was let in must never wait for a connection of a pool that others of them hold.
+        pools = [each.pool_size for each in participants.values() if isinstance(each, Pooled)]
+        self.gate = Gate(settings.active_most, most=min(pools, default=GATE_MOST))
+        self.members_seen = 1
         self.drivers: dict[TransactionId, Driver] = {}
         self.newest = id_floor(identity.created_ms)
         self.horizon = id_floor(identity.created_ms)
@@ -114,8 +121,8 @@ class Engine:
 
     # Transactions.
 
-    def begin(self, timeout: float, claims: tuple[Claim, ...] = ()) -> Driver:
-        """Draw an id and start driving. `timeout` in seconds.
+    def draw(self) -> TransactionId:
+        """A fresh id for a transaction.
 
         Raises `TransactionError` while closing, and `LogUnavailable` when the clock is so far
         behind the horizon that the log would refuse the decision: nothing was begun.
@@ -125,6 +132,19 @@ class Engine:
         transaction = TransactionId(str(uuid7()))
         self._refuse_near_horizon(transaction)
         self.newest = max(self.newest, transaction)
+        return transaction
+
+    def begin(
+        self,
+        timeout: float,
+        claims: tuple[Claim, ...] = (),
+        transaction: TransactionId | None = None,
+    ) -> Driver:
+        """Start driving a transaction, under a fresh id or one just drawn. `timeout` in seconds.
+
+        Raises what `draw` raises.
+        """
+        transaction = transaction or self.draw()
         deadline = asyncio.get_running_loop().time() + timeout
         driver = Driver(self, Transaction(transaction, claims=claims), deadline=deadline)
         self.drivers[transaction] = driver

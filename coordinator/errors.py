@@ -61,6 +61,7 @@ class AlreadyDecided(TransactionError):
 
     def __init__(self, key: str, *, transaction_id: TransactionId, outcome: Outcome) -> None:
         super().__init__(f"idempotency key {key!r} is {outcome} by transaction {transaction_id}")
+        self.key = key
         self.transaction_id = transaction_id
         self.outcome = outcome
 

@@ -1,8 +1,8 @@
 """PORT: what a resource does to take part in a transaction.
 
 `Participant` is the whole of what recovery needs; what the normal path needs besides stands in the
-small protocols `OnePhase` and `LastResource`. Nobody has to inherit from them. Implementations run
-`participants.conformance` against themselves.
+small protocols `OnePhase` and `LastResource`, and what `syncpoint check` asks in `Checkable`.
+Nobody has to inherit from them. Implementations run `participants.conformance` against themselves.
 
 Who calls what: the engine calls `prepare` at most once for a branch, then `commit` or `rollback`,
 which both may be repeated, by several processes at once, and long after the branch has ended.
@@ -11,11 +11,13 @@ Cancelling `prepare` leaves the branch in doubt; `rollback` follows.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Sequence
+from enum import StrEnum
 from typing import Protocol, runtime_checkable
 
 import msgspec
 
+from coordinator.config import Settings
 from coordinator.model import Branch, Ending, LogId, MemberId, Verdict, Vote, Xid
 
 
@@ -25,6 +27,8 @@ class Binding(msgspec.Struct, frozen=True):
     log: LogId
     member: MemberId
     cluster: str
+    sharers: Callable[[], int] = lambda: 1
+    """How many members of the cluster live, and share the participant's limits, as last seen."""
 
 
 class Participant(Protocol):
@@ -68,6 +72,14 @@ class Participant(Protocol):
 
 
 @runtime_checkable
+class Pooled(Protocol):
+    """A participant that works over so many connections at most."""
+
+    @property
+    def pool_size(self) -> int: ...
+
+
+@runtime_checkable
 class OnePhase(Protocol):
     """A participant whose own commit can be the decision, since it can say later how it ended."""
 
@@ -87,3 +99,52 @@ class LastResource(Protocol):
 
         Repeatable by anyone; once it has answered, every later answer is the same.
         """
+
+
+class Level(StrEnum):
+    """How much a finding matters. With what must change, transactions are unsafe or cannot run."""
+
+    OK = "ok"
+    NOTE = "note"
+    MUST_CHANGE = "must-change"
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """What a check saw. `fix` says what to do about it; empty when there is nothing to do."""
+
+    subject: str
+    level: Level
+    message: str
+    fix: str = ""
+
+
+@runtime_checkable
+class Checkable(Protocol):
+    """A participant that can compare its resource's settings with what is needed.
+
+    Both may be called whether it is open or not, beside services that run, and by who is no member.
+    """
+
+    async def check(self, log: LogId | None, settings: Settings) -> Sequence[Finding]:
+        """Look at everything and change nothing; a resource that is down is a finding too.
+
+        `log` tells our branches from others; None while the log has no id that can be read.
+        """
+
+    def role_sql(self) -> str:
+        """What an administrator runs once, so that a service needs no further rights."""
+
+
+class LogCheck(msgspec.Struct, frozen=True):
+    """What the check of a decision log found, and the log's id if it has one already."""
+
+    log: LogId | None
+    findings: Sequence[Finding]
+
+
+@runtime_checkable
+class CheckableLog(Protocol):
+    """A decision log that can be looked at without being opened or created."""
+
+    async def check(self, settings: Settings) -> LogCheck:
+        """Look at everything and change nothing."""

@@ -18,7 +18,8 @@ from coordinator.driver import Driver
 from coordinator.engine import Engine, now_ms
 from coordinator.errors import LogUnavailable
 from coordinator.log.base import Incident, Record, Unreadable
-from coordinator.model import Branch, Outcome, TransactionId
+from coordinator.members.base import Beat
+from coordinator.model import Branch, MemberId, Outcome, TransactionId
 from coordinator.participant import Participant
 from coordinator.protocol import Phase
 from coordinator.sweep import Case, Watch, clear_mark, horizon_candidate
@@ -88,6 +89,7 @@ class Recovery:
         engine, report = self._engine, Round(unreachable=dict(self._unreachable))
         await engine.write_marks()  # else our own finished transactions look unfinished
         alive = await engine.members.alive()
+        engine.members_seen = max(len(alive), 1)
         quarantined = {incident.gid for incident in await engine.log.incidents()}
         scan_began_ms = now_ms()
         scans = await self._scan_participants(report)
@@ -117,7 +119,7 @@ class Recovery:
         report.cases = cases
         if not dry_run:
             await self._drive(cases, report, progress)
-            await self._keep_house(found, records, scan_began_ms)
+            await self._keep_house(alive, found, records, scan_began_ms)
         report.incidents = len(await engine.log.incidents())
         return report
 
@@ -236,6 +238,7 @@ class Recovery:
 
     async def _keep_house(
         self,
+        alive: Mapping[MemberId, Beat],
         found: dict[str, list[Branch]],
         records: dict[TransactionId, Record],
         scan_began_ms: int,
@@ -250,6 +253,7 @@ class Recovery:
             clear = clear_mark(
                 scan_began_ms=scan_began_ms,
                 retention_ms=retention_ms,
+                alive=alive,
                 seen=branches,
                 records=records,
             )

@@ -20,6 +20,7 @@ import msgspec
 from coordinator.log.base import Record, Resource
 from coordinator.members.base import Beat
 from coordinator.model import Branch, MemberId, TransactionId, id_floor
+from coordinator.protocol import Phase
 
 
 class Case(msgspec.Struct, frozen=True):
@@ -146,17 +147,18 @@ def clear_mark(
     *,
     scan_began_ms: int,
     retention_ms: int,
+    alive: Mapping[MemberId, Beat],
     seen: Iterable[Branch],
     records: Mapping[TransactionId, Record],
 ) -> TransactionId:
     """Up to which id a completed scan of one resource saw nothing that still needs a decision.
 
     A transaction younger than half the retention, which is longer than any deadline, may prepare
-    after the scan: a resource that then goes away must not count as clear of it. Named branches of
-    unfinished commits do not count: their records stay, each by itself, so one dead database never
-    holds up forgetting.
+    after the scan, and so may one that a member drove before it: a resource that then goes away
+    must not count as clear of them. Named branches of unfinished commits do not count: their
+    records stay, each by itself, so one dead database never holds up forgetting.
     """
-    clear = id_floor(scan_began_ms - retention_ms // 2)
+    clear = min([id_floor(scan_began_ms - retention_ms // 2), *_undecided(alive)])
     for branch in seen:
         record = records.get(branch.xid.transaction)
         named = record.decision.branches if record is not None else ()
@@ -177,15 +179,25 @@ def horizon_candidate(
     """How far the horizon may rise now; the log refuses to lower it.
 
     It stays the retention behind the smallest clock of the live members, below the newest id seen,
-    below everything that is in flight and known, and below what each resource's last sweep saw
+    below what is known to be in flight and undecided, and below what each resource's last sweep saw
     clear, unless that resource has been away for longer than `absence_limit_ms`.
     """
     slowest_ms = min([beat.clock_ms for beat in alive.values()] + [now_ms])
     bounds = [id_floor(slowest_ms - retention_ms), newest_seen]
-    bounds += [flight.transaction for beat in alive.values() for flight in beat.in_flight]
+    bounds += _undecided(alive)
     bounds += [
         resource.clear
         for resource in resources
         if slowest_ms - resource.swept_ms <= absence_limit_ms
     ]
     return min(bounds)
+
+
+def _undecided(alive: Mapping[MemberId, Beat]) -> list[TransactionId]:
+    """What living members drive and may still decide; a commit's record stays by itself."""
+    return [
+        flight.transaction
+        for beat in alive.values()
+        for flight in beat.in_flight
+        if flight.phase != Phase.COMMITTING
+    ]

@@ -8,14 +8,13 @@ function joins, the deadline cancels the body, a cancelled caller never cancels 
 from __future__ import annotations
 
 import asyncio
-import functools
-import inspect
 import secrets
-from collections.abc import Callable, Coroutine
-from contextvars import ContextVar, Token
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, ParamSpec, Protocol, TypeVar
+from collections.abc import Coroutine
+from contextvars import ContextVar
+from contextvars import Token as Former
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from coordinator.bridge import run_on
 from coordinator.errors import (
     ConfigurationError,
     HeuristicOutcome,
@@ -24,6 +23,8 @@ from coordinator.errors import (
     TransactionError,
 )
 from coordinator.events import AbortRequested, CommitRequested, Enlisted, Published
+from coordinator.gate import Token
+from coordinator.hooks import AfterEnd, BeforeCommit, Hooks
 from coordinator.model import Branch, BranchId, LogId, Outcome, TransactionId, Xid
 from coordinator.protocol import Phase
 
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from coordinator.engine import Engine
     from coordinator.participant import Participant
 
-_P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 GRACE_SECONDS = 1.0
@@ -46,14 +46,78 @@ def current() -> GlobalTransaction | None:
     return _current.get()
 
 
+def running() -> GlobalTransaction | None:
+    """The transaction that `current` is, unless it has ended and a stray task goes on."""
+    transaction = _current.get()
+    return None if transaction is None or transaction.has_ended else transaction
+
+
+def enter(transaction: GlobalTransaction | None) -> Former[GlobalTransaction | None]:
+    """From now on the calling task or thread runs in that transaction, or in none."""
+    return _current.set(transaction)
+
+
+def leave(former: Former[GlobalTransaction | None]) -> None:
+    """Go back to what was current before `enter`."""
+    _current.reset(former)
+
+
+def required(verb: str, *, blocking: bool) -> GlobalTransaction:
+    """The transaction that `verb`, the name of a participant's method, is to work in.
+
+    `blocking` tells which face was called. Raises `TransactionError` outside a transaction, in one
+    that was begun with the other face, and for the synchronous face on a running event loop.
+    """
+    if blocking:
+        refuse_on_a_running_loop(verb)
+    transaction = current()
+    if transaction is None:
+        within = "with coordinator.blocking" if blocking else "async with coordinator"
+        raise TransactionError(
+            f"{verb} was called outside a transaction: call it in a function decorated with "
+            f"@coordinator.transactional, or inside `{within}.transaction()`"
+        )
+    transaction.refuse_unless_of(verb, blocking=blocking)
+    return transaction
+
+
+def refuse_on_a_running_loop(verb: str, hint: str = "use the asynchronous verb") -> None:
+    """Raise `ConfigurationError` if the calling thread runs an event loop: it would stand still."""
+    if asyncio._get_running_loop() is not None:
+        raise ConfigurationError(
+            f"{verb} is synchronous and would stop the event loop that runs in this thread: "
+            f"{hint}, or call it in a thread of its own"
+        )
+
+
 class GlobalTransaction:
     """A running transaction. Made by a coordinator, never by hand."""
 
-    def __init__(self, engine: Engine, driver: Driver, timeout: float) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        driver: Driver,
+        timeout: float,
+        *,
+        blocking: bool = False,
+        outer: GlobalTransaction | None = None,
+    ) -> None:
         self.timeout = timeout
+        self.blocking = blocking
+        self.outer = outer
+        """The transaction that waits for the end of this one, which was begun inside it."""
+        self.loop = asyncio.get_running_loop()
+        self.token: Token | None = None
+        """Its place among those that may work in databases; see `coordinator.gate`."""
+        self.expired = False
+        """Its deadline passed before the body returned."""
         self._engine = engine
         self._driver = driver
         self._doom: TransactionAborted | None = None
+        self._admitted = False
+        self._attachment = b""
+        self._alarm: asyncio.TimerHandle | None = None
+        self.hooks = Hooks()
 
     @property
     def id(self) -> TransactionId:
@@ -61,10 +125,20 @@ class GlobalTransaction:
 
         Whoever knows the id may ask for an abort; so reading it makes the commit a recorded one.
         """
+        if self._driver.core.private:
+            if self.blocking and asyncio._get_running_loop() is not self.loop:
+                self.run(self._publish())
+            else:
+                self._post_published()
+        return self._driver.core.id
+
+    async def _publish(self) -> None:
+        self._post_published()
+
+    def _post_published(self) -> None:
         core = self._driver.core
         if core.private and core.phase in (Phase.ACTIVE, Phase.PREPARING):
             self._driver.post(Published())
-        return core.id
 
     @property
     def deadline(self) -> float:
@@ -80,8 +154,84 @@ class GlobalTransaction:
         """True once the commit or the rollback began: nothing can be enlisted any more."""
         return self._driver.core.phase is not Phase.ACTIVE
 
+    @property
+    def outcome(self) -> Outcome:
+        """What is known of the outcome just now."""
+        return self._driver.outcome
+
+    @property
+    def is_doomed(self) -> bool:
+        """It will abort, whatever the body still does."""
+        return self._doom is not None or self.expired
+
+    @property
+    def has_ended(self) -> bool:
+        """Every branch has ended: nothing of it is left."""
+        return self._driver.core.phase is Phase.ENDED
+
+    def belongs_to(self, engine: Engine) -> bool:
+        return self._engine is engine
+
     def __repr__(self) -> str:
         return repr(self._driver.core)
+
+    def refuse_unless_of(self, verb: str, *, blocking: bool) -> None:
+        """Raise `TransactionError` if the transaction was begun with the other face."""
+        if blocking and not self.blocking:
+            raise TransactionError(
+                f"{verb} is synchronous, but the transaction that runs here was begun by an "
+                "asynchronous function: use its asynchronous verbs on the event loop, or make the "
+                "whole function synchronous"
+            )
+        if self.blocking and not blocking:
+            raise TransactionError(
+                f"{verb} is asynchronous, but the transaction that runs here was begun by a "
+                "synchronous function: use the verbs of `blocking`"
+            )
+
+    def before_commit(self, call: BeforeCommit) -> None:
+        """Have `call` run when the body has returned and before the commit begins.
+
+        For work that is still to be sent, such as a session's flush. It runs in the task, or in a
+        synchronous transaction the thread, of the body, in the order of registration. What it
+        raises aborts the transaction and is raised to the caller unchanged.
+        """
+        self.hooks.before_commit.append(call)
+
+    def after_end(self, call: AfterEnd) -> None:
+        """Have `call` run with the outcome once the caller is to be told, where the body ran.
+
+        What it raises is logged and changes nothing.
+        """
+        self.hooks.after_end.append(call)
+
+    def attach(self, attachment: bytes) -> None:
+        """Have bytes recorded with the commit, and kept as long as the transaction's key."""
+        self._attachment = attachment
+
+    def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
+        """Run a coroutine on the transaction's event loop from a thread that has none."""
+        return run_on(self.loop, coroutine)
+
+    async def admit(self) -> None:
+        """Wait until one more transaction may work in databases; at once when it was let in.
+
+        Participants call it before they take their first connection. One that was begun inside
+        another has the other's place. Raises `TransactionAborted` (retryable) at the deadline,
+        naming who holds the places.
+        """
+        if self.token is not None:
+            return
+        self.token = self.outer.token if self.outer is not None else None
+        if self.token is not None:
+            return
+        try:
+            self.token = await self._engine.gate.enter(self._driver.core.id, self.deadline)
+        except TimeoutError as error:
+            raise TransactionAborted(
+                str(error), transaction_id=self._driver.core.id, retryable=True
+            ) from error
+        self._admitted = True
 
     async def enlist(
         self, participant: Participant, *, one_phase: bool = False, last_resource: bool = False
@@ -130,6 +280,38 @@ class GlobalTransaction:
 
     # The end, called by the scope that began the transaction.
 
+    def expire_at_the_deadline(self) -> None:
+        """Abort by itself at the deadline, for a body that runs in a thread and cannot be told."""
+        self._alarm = self.loop.call_at(self.deadline, self._expire)
+
+    def _expire(self) -> None:
+        if self._driver.core.phase is Phase.ACTIVE:
+            self.expired = True
+            self._driver.post(AbortRequested(self._deadline_passed(), retryable=True))
+
+    async def conclude(self, error: BaseException | None) -> None:
+        """Commit, or roll back for what the body raised; returns if nothing else is to be raised.
+
+        Raises how the commit ended unless it is done, and the deadline's `TransactionAborted`.
+        """
+        if self._alarm is not None:
+            self._alarm.cancel()
+        try:
+            if self.expired:
+                reason = self._deadline_passed()
+                await self.roll_back(reason)
+                core = self._driver.core
+                raise TransactionAborted(reason, transaction_id=core.id, retryable=True) from error
+            if error is None:
+                await self.commit()
+                return
+            await self.roll_back(f"{type(error).__name__}: {error}")
+            if isinstance(error, asyncio.CancelledError):
+                self.note_outcome(error)
+        finally:
+            if self.token is not None and self._admitted:
+                self.token.leave()
+
     async def commit(self) -> None:
         """Commit and return, or raise how it ended otherwise; see `coordinator.errors`."""
         if self._doom is not None:
@@ -137,7 +319,7 @@ class GlobalTransaction:
             raise self._doom
         try:
             if self._driver.core.phase is Phase.ACTIVE:
-                self._driver.post(CommitRequested())
+                self._driver.post(CommitRequested(self._attachment))
             await self._until_told()
         except asyncio.CancelledError as cancelled:
             await self._cancelled(cancelled)
@@ -190,68 +372,8 @@ class GlobalTransaction:
         raise OutcomeUnknown(reason, transaction_id=core.id)
 
 
-class Scope:
-    """`async with coordinator.transaction() as txn`: begins or joins, then ends what it began."""
-
-    def __init__(self, begin: Callable[[], GlobalTransaction], owner: Callable[[], Engine]) -> None:
-        self._begin = begin
-        self._owner = owner
-        self._transaction: GlobalTransaction | None = None
-        self._token: Token[GlobalTransaction | None] | None = None
-        self._timer: asyncio.Timeout | None = None
-
-    async def __aenter__(self) -> GlobalTransaction:
-        outer = _current.get()
-        if outer is not None and outer._driver.core.phase is not Phase.ENDED:
-            if outer.is_over:
-                raise TransactionError(
-                    f"{outer!r} is ending: a function that a stray task calls now can neither join "
-                    "it nor begin another in its place"
-                )
-            if outer._engine is not self._owner():
-                raise ConfigurationError(
-                    "a transaction of another coordinator is running here: two coordinators cannot "
-                    "make one atomic commit; use one coordinator for all participants"
-                )
-            self._transaction = outer
-            return outer
-        transaction = self._transaction = self._begin()
-        self._token = _current.set(transaction)
-        self._timer = asyncio.timeout_at(transaction.deadline)
-        await self._timer.__aenter__()
-        return transaction
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        transaction = self._transaction
-        if transaction is None:
-            raise TransactionError("the transaction was never entered")
-        if self._timer is None or self._token is None:  # joined: the outer scope ends it
-            if error is not None:
-                transaction.doom(_doomed_by(error, transaction))
-            return
-        _current.reset(self._token)
-        try:
-            await self._timer.__aexit__(kind, error, traceback)
-        except TimeoutError:
-            reason = transaction._deadline_passed()
-            await transaction.roll_back(reason)
-            raise TransactionAborted(
-                reason, transaction_id=transaction._driver.core.id, retryable=True
-            ) from error
-        if error is None:
-            await transaction.commit()
-            return
-        await transaction.roll_back(f"{type(error).__name__}: {error}")
-        if isinstance(error, asyncio.CancelledError):
-            transaction.note_outcome(error)
-
-
-def _doomed_by(error: BaseException, transaction: GlobalTransaction) -> TransactionAborted:
+def doomed_by(error: BaseException, transaction: GlobalTransaction) -> TransactionAborted:
+    """What dooms a transaction in which a joined body raised."""
     if isinstance(error, TransactionAborted):
         return error
     doom = TransactionAborted(
@@ -260,29 +382,3 @@ def _doomed_by(error: BaseException, transaction: GlobalTransaction) -> Transact
     )
     doom.__cause__ = error
     return doom
-
-
-class Transactional(Protocol):
-    """What `@coordinator.transactional(...)` is: a decorator that keeps a function's type."""
-
-    def __call__(
-        self, function: Callable[_P, Coroutine[Any, Any, _T]], /
-    ) -> Callable[_P, Coroutine[Any, Any, _T]]: ...
-
-
-def decorate(
-    function: Callable[_P, Coroutine[Any, Any, _T]], scope: Callable[[], Scope]
-) -> Callable[_P, Coroutine[Any, Any, _T]]:
-    """Run each call of a coroutine function in a scope of its own."""
-    if not inspect.iscoroutinefunction(function):
-        raise ConfigurationError(
-            f"{getattr(function, '__qualname__', function)!s} is no coroutine function: write "
-            "`async def`; synchronous functions are not supported yet"
-        )
-
-    @functools.wraps(function)
-    async def wrapper(*args: _P.args, **kwargs: _P.kwargs) -> _T:
-        async with scope():
-            return await function(*args, **kwargs)
-
-    return wrapper

@@ -8,6 +8,7 @@ may share a `MemoryStore`, as several processes share a database.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Mapping
 from typing import Any
 from uuid import uuid4
@@ -30,7 +31,7 @@ from coordinator.model import (
     Xid,
 )
 from coordinator.participant import Binding
-from coordinator.transactional import GlobalTransaction, current
+from coordinator.transactional import GlobalTransaction, required
 
 
 class MemoryStore:
@@ -44,6 +45,21 @@ class MemoryStore:
         self.writers: dict[str, BranchId] = {}
 
 
+class BlockingMemory:
+    """`put` and `get` for a synchronous transaction; see `Memory`."""
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+
+    def put(self, key: str, value: Any) -> None:
+        transaction = required(f"{self._memory.name}.blocking.put()", blocking=True)
+        transaction.run(self._memory._put(transaction, key, value))
+
+    def get(self, key: str) -> Any:
+        transaction = required(f"{self._memory.name}.blocking.get()", blocking=True)
+        return transaction.run(self._memory._get(transaction, key))
+
+
 class Memory:
     """A key-value store under a name. `None` is no value: putting it deletes the key."""
 
@@ -51,8 +67,11 @@ class Memory:
         if not name:
             raise ConfigurationError("a participant has a name, such as 'stock'")
         self._name = name
+        self.blocking = BlockingMemory(self)
+        """The same verbs for synchronous callers."""
         self.store = store or MemoryStore()
         self._binding: Binding | None = None
+        self._process = 0
         # Keyed by the object: asking a transaction for its id makes its commit a recorded one.
         self._xids: dict[GlobalTransaction, Xid] = {}
         self._open: dict[BranchId, dict[str, Any]] = {}
@@ -72,7 +91,14 @@ class Memory:
         Raises `TransactionError` outside one, `TransactionAborted` (retryable) when another branch
         has written the key and has not ended.
         """
-        branch = await self._enlist()
+        await self._put(required(f"{self._name}.put()", blocking=False), key, value)
+
+    async def get(self, key: str) -> Any:
+        """Read in the running transaction: its own write, or what is committed, or None."""
+        return await self._get(required(f"{self._name}.get()", blocking=False), key)
+
+    async def _put(self, transaction: GlobalTransaction, key: str, value: Any) -> None:
+        branch = await self._enlist(transaction)
         holder = self.store.writers.setdefault(key, branch)
         if holder != branch:
             raise TransactionAborted(
@@ -80,15 +106,16 @@ class Memory:
             )
         self._open[branch][key] = value
 
-    async def get(self, key: str) -> Any:
-        """Read in the running transaction: its own write, or what is committed, or None."""
-        branch = await self._enlist()
+    async def _get(self, transaction: GlobalTransaction, key: str) -> Any:
+        branch = await self._enlist(transaction)
         return self._open[branch].get(key, self.store.committed.get(key))
 
     async def open(self, binding: Binding) -> str:
+        if self._binding is not None and self._process != os.getpid():
+            await self.close()  # what was open belongs to the parent of this forked process
         if self._binding is not None:
             raise ConfigurationError(f"participant {self._name!r} is open already")
-        self._binding = binding
+        self._binding, self._process = binding, os.getpid()
         return self.store.identity
 
     async def close(self) -> None:
@@ -148,17 +175,12 @@ class Memory:
             f"<Memory {self._name!r} {len(self._open)} open, {len(self.store.prepared)} prepared>"
         )
 
-    async def _enlist(self) -> BranchId:
-        transaction = current()
-        if transaction is None:
-            raise TransactionError(
-                f"{self._name} was used outside a transaction: call it in a function decorated "
-                "with @coordinator.transactional"
-            )
+    async def _enlist(self, transaction: GlobalTransaction) -> BranchId:
         if transaction.log_id != self._bound().log:
             raise ConfigurationError(f"{self._name} was opened by another coordinator")
         xid = self._xids.get(transaction)
         if xid is None:
+            await transaction.admit()
             xid = await transaction.enlist(self, one_phase=True)
             self._xids[transaction] = xid
             self._open[xid.branch] = {}

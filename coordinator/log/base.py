@@ -9,7 +9,7 @@ What every implementation promises, and `tests/conformance` checks:
 * An answer is durable: it survives `kill -9` of everything and a power cut.
 * An exception (`LogUnavailable`) is indefinite: the proposal may stand. Propose again and compare.
 * Absent is not permission: `read` returning no record never means abort.
-* `read` and `read_claim` are linearizable: they see every answer given before they were called.
+* `read` and `read_key` are linearizable: they see every answer given before they were called.
 
 `DecisionLog` is what a transaction needs; `Housekeeping` what the sweep needs to forget safely.
 """
@@ -33,7 +33,10 @@ from coordinator.model import (
 
 
 class Proposal(msgspec.Struct, frozen=True):
-    """A decision to record. `claims` and `attachment` are written only with a commit."""
+    """A decision to record. `claims` and `attachment` are written only with a commit.
+
+    The attachment is kept beside each claim too, and outlives the record there.
+    """
 
     transaction: TransactionId
     decision: Decision
@@ -54,9 +57,14 @@ class Record(msgspec.Struct, frozen=True):
     ended: frozenset[BranchId] = frozenset()
 
     @property
+    def unresolved(self) -> bool:
+        """The last resource's answer is not recorded yet."""
+        return self.decision.verdict is Verdict.DELEGATED and self.answer is None
+
+    @property
     def finished(self) -> bool:
         """Nothing is left to do for any named branch."""
-        if self.decision.verdict is Verdict.DELEGATED and self.answer is None:
+        if self.unresolved:
             return False
         if self.decision.verdict is Verdict.ABORT or self.answer is Verdict.ABORT:
             return True
@@ -91,6 +99,30 @@ class Reading(msgspec.Struct, frozen=True):
 
     record: Record | None
     horizon: TransactionId
+
+
+class Attempt(msgspec.Struct, frozen=True):
+    """The current attempt under a key: who else comes waits for it as long as its owner may take.
+
+    `timeout_ms` is the time that its owner gave it, counted from the time in its id.
+    """
+
+    transaction: TransactionId
+    timeout_ms: int
+
+
+class KeyState(msgspec.Struct, frozen=True):
+    """What stands under a key at one moment.
+
+    `holder` holds the claim. It has committed if `committed` says so, and then `attachment` is its
+    commit's; otherwise it is delegated and its last resource's answer is not recorded yet.
+    `attempt` is the one named last, which may have ended long ago.
+    """
+
+    holder: TransactionId | None = None
+    committed: bool = False
+    attachment: bytes = b""
+    attempt: Attempt | None = None
 
 
 class Unreadable(msgspec.Struct, frozen=True):
@@ -175,8 +207,22 @@ class DecisionLog(Protocol):
     async def read(self, transaction: TransactionId) -> Reading:
         """What stands under an id; above the horizon absence means that nothing is recorded yet."""
 
-    async def read_claim(self, claim: Claim) -> TransactionId | None:
-        """The transaction that holds the claim: committed, or delegated and not yet resolved."""
+    async def read_key(self, claim: Claim) -> KeyState:
+        """Who holds the claim, with what result, and the attempt named last."""
+
+    async def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        """Name the current attempt under a key, if nobody holds it and `expected` is named now.
+
+        `expected` None stands for no name. One atomic step, durable when it returns what stands
+        afterwards: the attempt may prepare only if that is itself, with no holder. Otherwise
+        nothing was written; the name may also be gone, by its retention. Asking again after
+        `LogUnavailable` is safe.
+
+        `expected` must be unable to commit: its abort stands recorded, or it was refused below the
+        horizon. The log does not look.
+        """
 
 
 class Housekeeping(Protocol):
@@ -193,7 +239,10 @@ class Housekeeping(Protocol):
         """The next `limit` records after an id, in the order of ids."""
 
     async def finish(self, marks: Sequence[Mark]) -> None:
-        """Mark branches as ended. Lazy: losing a mark costs a repeated commit, nothing else."""
+        """Mark branches as ended; a mark of what the record does not name is passed over.
+
+        Lazy: losing a mark costs a repeated commit, nothing else.
+        """
 
     async def raise_horizon(self, to: TransactionId) -> TransactionId:
         """Raise the horizon unless it is higher already; durable when it returns what stands."""
@@ -201,7 +250,8 @@ class Housekeeping(Protocol):
     async def forget(self, limit: int, *, claims_before_ms: int) -> int:
         """Delete up to `limit` finished records below the horizon; returns how many.
 
-        Claims go when they were taken before `claims_before_ms` and below the horizon.
+        Claims with their attachments, and names of attempts, go when their transaction began before
+        `claims_before_ms` and below the horizon: up to `limit` of each. The oldest go first.
         """
 
     async def register(self, name: str, identity: str, now_ms: int) -> Resource:

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 from coordinator.errors import LogUnavailable
 from coordinator.log.base import (
     Answer,
+    Attempt,
     Incident,
+    KeyState,
     LogIdentity,
     Mark,
     Page,
@@ -55,8 +57,13 @@ class MemoryLog:
     async def read(self, transaction: TransactionId) -> Reading:
         return self._ready().read(transaction)
 
-    async def read_claim(self, claim: Claim) -> TransactionId | None:
-        return self._ready().read_claim(claim)
+    async def read_key(self, claim: Claim) -> KeyState:
+        return self._ready().read_key(claim)
+
+    async def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        return self._ready().name_attempt(claim, attempt, expected)
 
     async def scan(
         self, after: TransactionId | None, limit: int, *, unfinished_only: bool = True

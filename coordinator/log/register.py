@@ -7,15 +7,18 @@ suite holds every other implementation to it. Each method is one atomic step.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from coordinator.errors import ConfigurationError, ProtocolError
 from coordinator.log.base import (
     Answer,
+    Attempt,
     BelowHorizon,
     ClaimHeld,
     Incident,
+    KeyState,
     LogIdentity,
     Mark,
     Page,
@@ -25,17 +28,25 @@ from coordinator.log.base import (
     Resource,
     Stands,
 )
-from coordinator.model import Claim, TransactionId, Verdict, Xid, id_floor, id_time_ms
+from coordinator.model import Claim, TransactionId, Verdict, Xid, id_floor
+
+
+class Held(NamedTuple):
+    """A claim that is taken, with the attachment of the commit that took it."""
+
+    holder: TransactionId
+    attachment: bytes
 
 
 class Register:
-    """The reference: records, claims, the horizon, and what waits for a person."""
+    """The reference: records, keys, the horizon, and what waits for a person."""
 
     def __init__(self, identity: LogIdentity) -> None:
         self.identity = identity
         self.horizon = id_floor(identity.created_ms)
         self._records: dict[TransactionId, Record] = {}
-        self._claims: dict[Claim, TransactionId] = {}
+        self._claims: dict[Claim, Held] = {}
+        self._attempts: dict[Claim, Attempt] = {}
         self._resources: dict[str, Resource] = {}
         self._incidents: dict[str, Incident] = {}
 
@@ -48,11 +59,11 @@ class Register:
         commits = proposal.decision.verdict is not Verdict.ABORT
         claims = proposal.claims if commits else ()
         for claim in claims:
-            holder = self._claims.get(claim)
-            if holder is not None:
-                return ClaimHeld(claim, holder)
+            held = self._claims.get(claim)
+            if held is not None:
+                return ClaimHeld(claim, held.holder)
         for claim in claims:
-            self._claims[claim] = proposal.transaction
+            self._claims[claim] = Held(proposal.transaction, proposal.attachment)
         record = Record(
             proposal.transaction, proposal.decision, proposal.attachment if commits else b""
         )
@@ -69,14 +80,31 @@ class Register:
             return record.answer
         self._records[transaction] = msgspec.structs.replace(record, answer=answer)
         if answer is Verdict.ABORT:
-            self._claims = {c: t for c, t in self._claims.items() if t != transaction}
+            self._claims = {
+                claim: held for claim, held in self._claims.items() if held.holder != transaction
+            }
         return answer
 
     def read(self, transaction: TransactionId) -> Reading:
         return Reading(self._records.get(transaction), self.horizon)
 
-    def read_claim(self, claim: Claim) -> TransactionId | None:
-        return self._claims.get(claim)
+    def read_key(self, claim: Claim) -> KeyState:
+        attempt, held = self._attempts.get(claim), self._claims.get(claim)
+        if held is None:
+            return KeyState(attempt=attempt)
+        record = self._records.get(held.holder)  # an unresolved one is never forgotten
+        if record is not None and record.unresolved:
+            return KeyState(held.holder, attempt=attempt)
+        return KeyState(held.holder, True, held.attachment, attempt)
+
+    def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        stands = self._attempts.get(claim)
+        named = None if stands is None else stands.transaction
+        if claim not in self._claims and named == expected:
+            self._attempts[claim] = attempt
+        return self.read_key(claim)
 
     def scan(
         self, after: TransactionId | None, limit: int, *, unfinished_only: bool = True
@@ -92,7 +120,10 @@ class Register:
     def finish(self, marks: Sequence[Mark]) -> None:
         for mark in marks:
             record = self._records.get(mark.transaction)
-            if record is not None and mark.branch not in record.ended:
+            if record is None:
+                continue
+            named = {branch.id for branch in record.decision.branches}
+            if mark.branch in named - record.ended:
                 ended = record.ended | {mark.branch}
                 self._records[mark.transaction] = msgspec.structs.replace(record, ended=ended)
 
@@ -105,9 +136,13 @@ class Register:
         gone = sorted(gone)[:limit]
         for transaction in gone:
             del self._records[transaction]
-        for claim, holder in list(self._claims.items()):
-            if holder < self.horizon and id_time_ms(holder) < claims_before_ms:
-                del self._claims[claim]
+        before = min(self.horizon, id_floor(claims_before_ms))
+        taken = {claim: held.holder for claim, held in self._claims.items()}
+        for claim in _oldest(taken, before, limit):
+            del self._claims[claim]
+        named = {claim: attempt.transaction for claim, attempt in self._attempts.items()}
+        for claim in _oldest(named, before, limit):
+            del self._attempts[claim]
         return len(gone)
 
     def register(self, name: str, identity: str, now_ms: int) -> Resource:
@@ -152,6 +187,12 @@ class Register:
         if xid is not None:
             self.finish([Mark(xid.transaction, xid.branch)])
         return True
+
+
+def _oldest(taken: dict[Claim, TransactionId], before: TransactionId, limit: int) -> list[Claim]:
+    """Up to `limit` of the keys taken by transactions older than `before`, the oldest first."""
+    old = sorted((each, claim) for claim, each in taken.items() if each < before)
+    return [claim for _, claim in old[:limit]]
 
 
 def another_identity(name: str, known: str, found: str) -> ConfigurationError:

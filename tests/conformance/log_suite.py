@@ -15,7 +15,7 @@ import pytest
 from coordinator.errors import ProtocolError
 from coordinator.log.base import (
     BelowHorizon,
-    ClaimHeld,
+    KeyState,
     Log,
     LogIdentity,
     Mark,
@@ -125,7 +125,7 @@ async def an_abort_is_finished_and_keeps_no_attachment(place: Place) -> None:
     assert record == Record(transaction, ABORT)
     assert record.finished
     assert (await log.read(transaction)).record == record
-    assert await log.read_claim(KEY) is None
+    assert await log.read_key(KEY) == KeyState()
 
 
 @check
@@ -249,51 +249,6 @@ async def the_horizon_only_rises(place: Place) -> None:
 
 
 @check
-async def a_held_claim_refuses_a_commit(place: Place) -> None:
-    one, other = await place.open(), await place.open()
-    holder, second = place.draw(), place.draw()
-    await one.propose(Proposal(holder, place.commit(holder, "orders"), (KEY,)))
-    proposal = Proposal(second, place.commit(second, "orders"), (OTHER_KEY, KEY))
-    assert await other.propose(proposal) == ClaimHeld(KEY, holder)
-    assert (await one.read(second)).record is None
-    assert await one.read_claim(KEY) == holder
-    assert await one.read_claim(OTHER_KEY) is None, "a refused commit takes no claim"
-    assert stands(await one.propose(Proposal(second, ABORT, (KEY,)))).ours
-
-
-@check
-async def one_of_two_racing_for_a_claim_wins(place: Place) -> None:
-    logs = [await place.open() for _ in range(2)]
-    for round_number in range(20):
-        claim = Claim("step", f"{round_number}")
-        ids = [place.draw() for _ in range(4)]
-        answers = await asyncio.gather(
-            *(
-                logs[n % 2].propose(Proposal(each, place.commit(each, "orders"), (claim,)))
-                for n, each in enumerate(ids)
-            )
-        )
-        winners = [
-            each
-            for each, answer in zip(ids, answers, strict=True)
-            if isinstance(answer, Stands) and answer.ours
-        ]
-        assert len(winners) == 1
-        assert await logs[0].read_claim(claim) == winners[0]
-        losers = [answer for answer in answers if not isinstance(answer, Stands)]
-        assert losers == [ClaimHeld(claim, winners[0])] * 3
-
-
-@check
-async def the_same_claim_twice_in_a_proposal_is_one(place: Place) -> None:
-    log = await place.open()
-    transaction = place.draw()
-    proposal = Proposal(transaction, place.commit(transaction, "orders"), (KEY, KEY))
-    assert stands(await log.propose(proposal)).ours
-    assert await log.read_claim(KEY) == transaction
-
-
-@check
 async def the_first_answer_of_a_last_resource_stands(place: Place) -> None:
     one, other = await place.open(), await place.open()
     transaction = place.draw()
@@ -303,26 +258,13 @@ async def the_first_answer_of_a_last_resource_stands(place: Place) -> None:
     await finish_all(one, decision)
     unresolved = (await one.read(transaction)).record
     assert unresolved is not None and not unresolved.finished
-    assert await one.read_claim(KEY) == transaction
+    assert await one.read_key(KEY) == KeyState(transaction)
     assert await one.record_answer(transaction, Verdict.COMMIT) is Verdict.COMMIT
     assert await other.record_answer(transaction, Verdict.ABORT) is Verdict.COMMIT
     resolved = (await other.read(transaction)).record
     assert resolved is not None and resolved.finished
     assert resolved.answer is Verdict.COMMIT
-    assert await one.read_claim(KEY) == transaction
-
-
-@check
-async def an_answer_of_abort_frees_the_claims(place: Place) -> None:
-    log = await place.open()
-    transaction, following_attempt = place.draw(), place.draw()
-    await log.propose(Proposal(transaction, place.delegated(transaction, "orders"), (KEY,)))
-    assert await log.record_answer(transaction, Verdict.ABORT) is Verdict.ABORT
-    record = (await log.read(transaction)).record
-    assert record is not None and record.finished
-    assert await log.read_claim(KEY) is None
-    proposal = Proposal(following_attempt, place.commit(following_attempt, "orders"), (KEY,))
-    assert stands(await log.propose(proposal)).ours
+    assert await one.read_key(KEY) == KeyState(transaction, True, b"result")
 
 
 @check
@@ -353,6 +295,6 @@ async def reads_see_every_answer_given_before(place: Place) -> None:
         claim = Claim("key", transaction)
         decision = place.commit(transaction, "orders")
         await one.propose(Proposal(transaction, decision, (claim,)))
-        reading, holder = await asyncio.gather(other.read(transaction), other.read_claim(claim))
+        reading, state = await asyncio.gather(other.read(transaction), other.read_key(claim))
         assert reading.record == Record(transaction, decision)
-        assert holder == transaction
+        assert state == KeyState(transaction, True)

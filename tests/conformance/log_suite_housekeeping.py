@@ -7,7 +7,16 @@ import asyncio
 import pytest
 
 from coordinator.errors import ConfigurationError, LogUnavailable, ProtocolError
-from coordinator.log.base import BelowHorizon, ClaimHeld, Incident, Log, Mark, Proposal, Record
+from coordinator.log.base import (
+    Attempt,
+    BelowHorizon,
+    Incident,
+    KeyState,
+    Log,
+    Mark,
+    Proposal,
+    Record,
+)
 from coordinator.model import ABORT, EndingKind, TransactionId, Verdict, id_floor, id_time_ms
 from tests.conformance.log_suite import KEY, Place, check, finish_all, stands
 
@@ -83,15 +92,24 @@ async def marks_finish_a_commit_branch_by_branch(place: Place) -> None:
 
 
 @check
-async def a_mark_of_what_is_not_named_finishes_nothing(place: Place) -> None:
+async def a_mark_of_what_is_not_named_is_passed_over(place: Place) -> None:
     log = await place.open()
-    transaction, absent = place.draw(), place.draw()
-    decision = place.commit(transaction, "orders")
-    await log.propose(Proposal(transaction, decision))
-    stranger = place.branch(transaction, "orders").id
-    await log.finish([Mark(transaction, stranger), Mark(absent, decision.branches[0].id)])
-    record = (await log.read(transaction)).record
-    assert record is not None and not record.finished
+    transaction, delegated, aborted, absent = (place.draw() for _ in range(4))
+    decisions = {
+        transaction: place.commit(transaction, "orders"),
+        delegated: place.delegated(delegated, "orders"),
+        aborted: ABORT,
+    }
+    strangers = [Mark(absent, place.branch(absent, "orders").id)]
+    for each, decision in decisions.items():
+        await log.propose(Proposal(each, decision))
+        strangers.append(Mark(each, place.branch(each, "orders").id))
+    last_resource = decisions[delegated].last_resource
+    assert last_resource is not None
+    strangers.append(Mark(delegated, last_resource.id))
+    await log.finish(strangers)
+    for each, decision in decisions.items():
+        assert (await log.read(each)).record == Record(each, decision)
     assert (await log.read(absent)).record is None
     await log.finish([])
 
@@ -143,27 +161,6 @@ async def forgetting_is_limited_and_oldest_first(place: Place) -> None:
     assert await scanned(log, 10, unfinished_only=False) == ids[3:]
     assert await log.forget(3, claims_before_ms=0) == 2
     assert await log.forget(3, claims_before_ms=0) == 0
-
-
-@check
-async def claims_outlive_their_records_and_the_horizon(place: Place) -> None:
-    log = await place.open()
-    transaction, later = place.draw(), place.draw()
-    decision = place.commit(transaction, "orders")
-    await log.propose(Proposal(transaction, decision, (KEY,)))
-    await finish_all(log, decision)
-    taken_ms = id_time_ms(transaction)
-    await log.forget(10, claims_before_ms=taken_ms + 1)
-    assert await log.read_claim(KEY) == transaction, "it is above the horizon"
-    await log.raise_horizon(later)
-    await log.forget(10, claims_before_ms=taken_ms)
-    assert (await log.read(transaction)).record is None
-    assert await log.read_claim(KEY) == transaction, "its own retention has not passed"
-    again = Proposal(later, place.commit(later, "orders"), (KEY,))
-    assert await log.propose(again) == ClaimHeld(KEY, transaction)
-    await log.forget(10, claims_before_ms=taken_ms + 1)
-    assert await log.read_claim(KEY) is None
-    assert stands(await log.propose(again)).ours
 
 
 @check
@@ -242,6 +239,8 @@ async def reopening_keeps_everything(place: Place) -> None:
     identity = place.identity
     transaction, pending = place.draw(), place.draw()
     decision = place.commit(transaction, "orders")
+    attempt = Attempt(transaction, 10_000)
+    await log.name_attempt(KEY, attempt, None)
     record = stands(await log.propose(Proposal(transaction, decision, (KEY,), b"result"))).record
     unfinished = place.delegated(pending, "orders", "stock")
     await log.propose(Proposal(pending, unfinished))
@@ -260,7 +259,7 @@ async def reopening_keeps_everything(place: Place) -> None:
         record,
         Record(pending, unfinished, b"", Verdict.COMMIT, frozenset({unfinished.branches[0].id})),
     )
-    assert await log.read_claim(KEY) == transaction
+    assert await log.read_key(KEY) == KeyState(transaction, True, b"result", attempt)
     assert await log.resources() == (resource,)
     assert list(await log.incidents()) == [incident]
 

@@ -10,10 +10,19 @@ from collections.abc import Sequence
 
 import msgspec
 
-from coordinator.log.base import Answer, BelowHorizon, ClaimHeld, Mark, Proposal, Stands
+from coordinator.log.base import (
+    Answer,
+    Attempt,
+    BelowHorizon,
+    ClaimHeld,
+    KeyState,
+    Mark,
+    Proposal,
+    Stands,
+)
 from coordinator.log.memory import MemoryLog
-from coordinator.log.register import Register
-from coordinator.model import Claim, TransactionId
+from coordinator.log.register import Held, Register
+from coordinator.model import Claim, TransactionId, id_floor
 
 
 class LastWriterWins(Register):
@@ -71,7 +80,7 @@ class ClaimsIgnored(Register):
 class ClaimsOfAborts(Register):
     def propose(self, proposal: Proposal) -> Answer:
         for claim in proposal.claims:
-            self._claims.setdefault(claim, proposal.transaction)
+            self._claims.setdefault(claim, Held(proposal.transaction, b""))
         return super().propose(proposal)
 
 
@@ -81,7 +90,7 @@ class ClaimsBeforeStandingRecord(Register):
         answer = super().propose(proposal)
         held = [claim for claim in proposal.claims if claim in free]
         if isinstance(answer, Stands) and not answer.ours and held:
-            return ClaimHeld(held[0], free[held[0]])
+            return ClaimHeld(held[0], free[held[0]].holder)
         return answer
 
 
@@ -103,6 +112,131 @@ class MarksAreWholeCommits(Register):
 class AttachmentLost(Register):
     def propose(self, proposal: Proposal) -> Answer:
         return super().propose(msgspec.structs.replace(proposal, attachment=b""))
+
+
+class ResultsDieWithTheRecord(Register):
+    def read_key(self, claim: Claim) -> KeyState:
+        state = super().read_key(claim)
+        if state.holder in self._records:
+            return state
+        return msgspec.structs.replace(state, attachment=b"")
+
+
+class ResultsOfTheFirstClaimOnly(Register):
+    def propose(self, proposal: Proposal) -> Answer:
+        answer = super().propose(proposal)
+        for claim in proposal.claims[1:]:
+            if claim in self._claims:
+                self._claims[claim] = self._claims[claim]._replace(attachment=b"")
+        return answer
+
+
+class UnresolvedHasCommitted(Register):
+    def read_key(self, claim: Claim) -> KeyState:
+        held = self._claims.get(claim)
+        if held is None:
+            return super().read_key(claim)
+        return KeyState(held.holder, True, held.attachment, self._attempts.get(claim))
+
+
+class NamesBlindly(Register):
+    def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        if claim not in self._claims:
+            self._attempts[claim] = attempt
+        return self.read_key(claim)
+
+
+class NamesOnce(Register):
+    def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        return super().name_attempt(claim, attempt, None)
+
+
+class NamesUnderHeldKeys(Register):
+    def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        held = self._claims.pop(claim, None)
+        try:
+            return super().name_attempt(claim, attempt, expected)
+        finally:
+            if held is not None:
+                self._claims[claim] = held
+
+
+class NamesWithoutTheSpace(Register):
+    def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        return super().name_attempt(Claim("", claim.key), attempt, expected)
+
+    def read_key(self, claim: Claim) -> KeyState:
+        return super().read_key(Claim("", claim.key))
+
+
+class TellsItsOwnName(Register):
+    def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        state = super().name_attempt(claim, attempt, expected)
+        return msgspec.structs.replace(state, attempt=attempt)
+
+
+class NamesForAWholeSecond(Register):
+    def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        attempt = msgspec.structs.replace(attempt, timeout_ms=1_000)
+        return super().name_attempt(claim, attempt, expected)
+
+
+class NamesStayForEver(Register):
+    def forget(self, limit: int, *, claims_before_ms: int) -> int:
+        names = dict(self._attempts)
+        gone = super().forget(limit, claims_before_ms=claims_before_ms)
+        self._attempts = names
+        return gone
+
+
+class NamesGoAtTheHorizon(Register):
+    def forget(self, limit: int, *, claims_before_ms: int) -> int:
+        gone = super().forget(limit, claims_before_ms=claims_before_ms)
+        self._attempts = {
+            claim: attempt
+            for claim, attempt in self._attempts.items()
+            if attempt.transaction >= self.horizon
+        }
+        return gone
+
+
+class NamesGoAboveTheHorizon(Register):
+    def forget(self, limit: int, *, claims_before_ms: int) -> int:
+        gone = super().forget(limit, claims_before_ms=claims_before_ms)
+        self._attempts = {
+            claim: attempt
+            for claim, attempt in self._attempts.items()
+            if attempt.transaction >= id_floor(claims_before_ms)
+        }
+        return gone
+
+
+class KeysGoWithoutLimit(Register):
+    def forget(self, limit: int, *, claims_before_ms: int) -> int:
+        gone = super().forget(limit, claims_before_ms=claims_before_ms)
+        super().forget(1_000, claims_before_ms=claims_before_ms)
+        return gone
+
+
+class MarksOfStrangers(Register):
+    def finish(self, marks: Sequence[Mark]) -> None:
+        for mark in marks:
+            record = self._records.get(mark.transaction)
+            if record is not None:
+                ended = record.ended | {mark.branch}
+                self._records[mark.transaction] = msgspec.structs.replace(record, ended=ended)
 
 
 class AlwaysOurs(Register):
@@ -130,11 +264,27 @@ class HorizonComparedOutsideTheWrite(MemoryLog):
 class ReadsLate(MemoryLog):
     """It answers from a copy that is brought up to date at the next read."""
 
-    _copy: dict[Claim, TransactionId] | None = None
+    _copy: dict[Claim, Held] | None = None
 
-    async def read_claim(self, claim: Claim) -> TransactionId | None:
+    async def read_key(self, claim: Claim) -> KeyState:
         copy, self._copy = self._copy or {}, dict(self.state._claims)
-        return copy.get(claim)
+        held = copy.get(claim)
+        return KeyState() if held is None else KeyState(held.holder, True, held.attachment)
+
+
+class NameComparedOutsideTheWrite(MemoryLog):
+    """It reads the name, lets others run, and writes."""
+
+    async def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        before = self.state.read_key(claim)
+        await asyncio.sleep(0)
+        named = None if before.attempt is None else before.attempt.transaction
+        if before.holder is not None or named != expected:
+            return before
+        self.state._attempts[claim] = attempt
+        return KeyState(attempt=attempt)
 
 
 REGISTERS: dict[type[Register], str] = {
@@ -150,9 +300,24 @@ REGISTERS: dict[type[Register], str] = {
     ClaimsDieWithTheRecord: "claims_outlive_their_records_and_the_horizon",
     MarksAreWholeCommits: "marks_finish_a_commit_branch_by_branch",
     AttachmentLost: "a_commit_stands_as_it_was_proposed",
+    ResultsDieWithTheRecord: "claims_outlive_their_records_and_the_horizon",
+    ResultsOfTheFirstClaimOnly: "nobody_names_an_attempt_under_a_held_key",
+    UnresolvedHasCommitted: "a_result_counts_once_the_last_resource_has_answered",
+    NamesBlindly: "an_attempt_is_named_by_compare_and_set",
+    NamesOnce: "an_attempt_is_named_by_compare_and_set",
+    NamesUnderHeldKeys: "nobody_names_an_attempt_under_a_held_key",
+    NamesWithoutTheSpace: "each_key_has_a_name_of_its_own",
+    TellsItsOwnName: "one_of_the_callers_racing_for_a_key_names_its_attempt",
+    NamesForAWholeSecond: "an_attempt_is_named_by_compare_and_set",
+    NamesStayForEver: "names_of_attempts_have_the_retention_of_claims",
+    NamesGoAtTheHorizon: "names_of_attempts_have_the_retention_of_claims",
+    NamesGoAboveTheHorizon: "names_of_attempts_have_the_retention_of_claims",
+    KeysGoWithoutLimit: "forgetting_keys_is_limited_and_oldest_first",
+    MarksOfStrangers: "a_mark_of_what_is_not_named_is_passed_over",
     AlwaysOurs: "racing_proposals_agree",
 }
 LOGS: dict[type[MemoryLog], str] = {
     HorizonComparedOutsideTheWrite: "the_horizon_is_compared_in_the_write",
+    NameComparedOutsideTheWrite: "one_of_the_callers_racing_for_a_key_names_its_attempt",
     ReadsLate: "reads_see_every_answer_given_before",
 }

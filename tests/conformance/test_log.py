@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import tests.conformance.log_suite_housekeeping  # noqa: F401  adds its checks
+import tests.conformance.log_suite_housekeeping
+import tests.conformance.log_suite_keys  # noqa: F401  adds its checks
 from coordinator.log.memory import MemoryLog, new_register
 from coordinator.log.register import Register
 from coordinator.log.sqlite import SQLiteLog

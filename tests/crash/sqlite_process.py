@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coordinator.errors import ConfigurationError, LogUnavailable
-from coordinator.log.base import Answer, LogIdentity, Proposal, Stands
+from coordinator.log.base import Answer, Attempt, LogIdentity, Proposal, Stands
 from coordinator.log.sqlite import SQLiteLog, writer
 from coordinator.log.sqlite.lock import FileLock
 from coordinator.log.sqlite.store import Store
@@ -25,6 +25,7 @@ from coordinator.model import (
     ABORT,
     Branch,
     BranchId,
+    Claim,
     Decision,
     LogId,
     MemberId,
@@ -83,6 +84,33 @@ async def race(path: Path, name: str, count: str) -> None:
             say(number, shown(decision_of(answer)), isinstance(answer, Stands) and answer.ours)
 
     await asyncio.gather(*(propose() for _ in range(8)))
+    await log.close()
+
+
+def key(number: int) -> Claim:
+    """The same keys in every process."""
+    return Claim("key", f"order {number}")
+
+
+async def race_for_names(path: Path, name: str, count: str) -> None:
+    """Name an attempt of one's own under all keys, in an order of one's own."""
+    log = SQLiteLog(path)
+    identity = await log.open()
+    say("ready")
+    sys.stdin.readline()
+    numbers = list(range(int(count)))
+    random.Random(name).shuffle(numbers)
+
+    async def take() -> None:
+        while numbers:
+            number = numbers.pop()
+            # The time of an attempt tells whose it is.
+            attempt = Attempt(transaction_id(identity, number), ord(name))
+            stands = (await log.name_attempt(key(number), attempt, None)).attempt
+            assert stands is not None
+            say(number, chr(stands.timeout_ms), stands == attempt)
+
+    await asyncio.gather(*(take() for _ in range(8)))
     await log.close()
 
 
@@ -210,6 +238,7 @@ def fork(path: Path) -> None:
 
 MODES: dict[str, Callable[..., object]] = {
     "race": race,
+    "names": race_for_names,
     "endless": endless,
     "once": once,
     "full": full_disk,

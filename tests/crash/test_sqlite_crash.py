@@ -21,7 +21,7 @@ from coordinator.log.sqlite import SQLiteLog
 from coordinator.log.sqlite.lock import FileLock
 from coordinator.model import ABORT
 from tests.conformance.log_suite import stands
-from tests.crash.sqlite_process import commit, decision_of, shown, transaction_id
+from tests.crash.sqlite_process import commit, decision_of, key, shown, transaction_id
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,11 +81,10 @@ def create(path: Path) -> LogIdentity:
     return asyncio.run(open_and_close())
 
 
-def test_processes_that_race_for_the_same_ids_agree(path: Path) -> None:
-    identity = create(path)
-    count = 1_500  # enough for a quarter of a second, so that all are at work together
+def race(mode: str, path: Path, count: int) -> dict[int, str]:
+    """What stands under each number after three processes raced for all, with one winner each."""
     with ExitStack() as stack:
-        racers = [stack.enter_context(Process("race", path, name, count)) for name in "abc"]
+        racers = [stack.enter_context(Process(mode, path, name, count)) for name in "abc"]
         for racer in racers:
             assert racer.line() == "ready"
         for racer in racers:
@@ -94,24 +93,46 @@ def test_processes_that_race_for_the_same_ids_agree(path: Path) -> None:
         winners = set()
         for name, racer in zip("abc", racers, strict=True):
             for line in racer.lines():
-                number, decision, ours = line.split()
-                views.setdefault(int(number), []).append([decision, ours])
+                number, stands_there, ours = line.split()
+                views.setdefault(int(number), []).append([stands_there, ours])
                 if ours == "True":
                     winners.add(name)
     for seen in views.values():
         assert len(seen) == len(racers)
-        assert len({decision for decision, _ in seen}) == 1, seen
+        assert len({stands_there for stands_there, _ in seen}) == 1, seen
         assert [ours for _, ours in seen].count("True") == 1, seen
     assert len(views) == count
     assert len(winners) > 1, "it was a race"
-    assert "abort" in {seen[0][0] for seen in views.values()}
+    return {number: seen[0][0] for number, seen in views.items()}
+
+
+def test_processes_that_race_for_the_same_ids_agree(path: Path) -> None:
+    identity = create(path)
+    count = 1_500  # enough for a quarter of a second, so that all are at work together
+    decisions = race("race", path, count)
+    assert "abort" in decisions.values()
 
     async def check() -> None:
         log = SQLiteLog(path)
         await log.open()
         for number in range(count):
             record = (await log.read(transaction_id(identity, number))).record
-            assert record is not None and shown(record.decision) == views[number][0][0]
+            assert record is not None and shown(record.decision) == decisions[number]
+        await log.close()
+
+    asyncio.run(check())
+
+
+def test_processes_that_race_for_the_same_keys_agree_on_the_attempt(path: Path) -> None:
+    create(path)
+    names = race("names", path, 1_500)
+
+    async def check() -> None:
+        log = SQLiteLog(path)
+        await log.open()
+        for number, name in names.items():
+            attempt = (await log.read_key(key(number))).attempt
+            assert attempt is not None and chr(attempt.timeout_ms) == name
         await log.close()
 
     asyncio.run(check())

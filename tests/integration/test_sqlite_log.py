@@ -15,12 +15,12 @@ import pytest
 
 from coordinator.errors import ConfigurationError, LogUnavailable, ProtocolError
 from coordinator.log import open_log
-from coordinator.log.base import Proposal, Stands, Unreadable
+from coordinator.log.base import Attempt, KeyState, Proposal, Stands, Unreadable
 from coordinator.log.memory import MemoryLog
 from coordinator.log.sqlite import SQLiteLog, file
 from coordinator.log.sqlite.mounts import file_system_of
-from coordinator.model import ABORT, Decision, Verdict
-from tests.conformance.log_suite import Place, stands
+from coordinator.model import ABORT, Claim, Decision, TransactionId, Verdict
+from tests.conformance.log_suite import KEY, Place, stands
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,10 +90,12 @@ def test_another_applications_database(path: Path) -> None:
     refused(path, "another application")
 
 
-def test_a_newer_schema(path: Path) -> None:
+def test_the_schema_of_another_version(path: Path) -> None:
     made(path)
     edit(path, f"PRAGMA user_version = {file.SCHEMA_VERSION + 1}")
     refused(path, "newer version.*upgrade")
+    edit(path, f"PRAGMA user_version = {file.SCHEMA_VERSION}", "DROP TABLE attempt")
+    refused(path, "before the first release.*choose another path")
 
 
 def test_an_empty_file_becomes_a_log(path: Path) -> None:
@@ -220,26 +222,29 @@ async def test_one_unreadable_record_parks_only_itself(path: Path) -> None:
     await place.close()
 
 
-async def test_a_decision_that_cannot_be_stored_is_refused_and_harms_nobody(path: Path) -> None:
+async def test_what_cannot_be_stored_is_refused_and_harms_nobody(path: Path) -> None:
     place = Place(lambda: SQLiteLog(path))
     log = await place.open()
     transaction, other = place.draw(), place.draw()
     commit = place.commit(transaction, "orders")
-    calls = [
+    unnamed, attempt = Claim("key", "\ud800"), Attempt(transaction, 1_000)
+    *answers, no_text, fine = await asyncio.gather(
         log.propose(Proposal(transaction, commit, attachment=b"x" * 2_000_000)),
         log.propose(Proposal(other, commit)),
         log.swept("unregistered", other, 1),
+        log.name_attempt(unnamed, attempt, None),
+        log.name_attempt(KEY, Attempt(TransactionId("no id"), 1_000), None),
+        log.read_key(unnamed),
         log.register("\ud800", "a name that is no text", 0),
         log.propose(Proposal(other, ABORT)),
-    ]
-    too_large, foreign, unknown, no_text, fine = await asyncio.gather(
-        *calls, return_exceptions=True
+        return_exceptions=True,
     )
-    for answer in (too_large, foreign, unknown):
+    for answer in answers:
         assert isinstance(answer, ProtocolError), answer
     assert isinstance(no_text, UnicodeEncodeError)
     assert stands(fine).ours
     assert (await log.read(transaction)).record is None
+    assert await log.read_key(KEY) == KeyState()
     await place.close()
 
 

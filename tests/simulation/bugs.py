@@ -244,7 +244,7 @@ def _from_a_follower(world: Any, truth: Any, reading: Any) -> Status:
 
 
 def _clear_up_to_the_scan(**seen: Any) -> Any:
-    return REAL.clear_mark(**{**seen, "retention_ms": 0})
+    return REAL.clear_mark(**{**seen, "retention_ms": 0, "alive": {}})
 
 
 def _blind_candidate(**seen: Any) -> Any:
@@ -389,8 +389,13 @@ BUGS: tuple[Bug, ...] = (
     ),
     Bug(
         "refused-key-runs-again",
-        "after a refusal the claim is read",
-        REAL._replace(caller=around.RunsAgainWhenRefused),
+        "after a refusal the claim is read, and a held key takes no name",
+        REAL._replace(caller=around.RunsAgainWhenRefused, register=around.NamesUnderHeldKeys),
+    ),
+    Bug(
+        "key-named-blindly",
+        "a key's name moves by compare-and-set",
+        REAL._replace(register=around.NamesBlindly),
     ),
     Bug(
         "quarantine-unseen",
@@ -457,7 +462,7 @@ BUGS: tuple[Bug, ...] = (
         "young-counts-as-clear",
         "a scan is clear only of what can prepare no more",
         REAL._replace(clear_mark=_clear_up_to_the_scan),
-        first_seed=2_600,
+        first_seed=5_000,
     ),
 )
 

@@ -5,8 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from coordinator.events import Answered, Decide, Decided, Enlisted, Refused
-from coordinator.log.base import Answer
-from coordinator.model import ABORT, FINISHED, Branch, Outcome, TransactionId, Verdict, Vote
+from coordinator.log.base import Answer, Attempt, KeyState
+from coordinator.log.register import Register
+from coordinator.model import (
+    ABORT,
+    FINISHED,
+    Branch,
+    Claim,
+    Outcome,
+    TransactionId,
+    Verdict,
+    Vote,
+)
 from coordinator.protocol import Phase
 from coordinator.sweep import Case, Watch
 from tests.simulation.checkers import WORKING
@@ -155,8 +165,27 @@ class CallsLate(Caller):
 
 
 class RunsAgainWhenRefused(CallsLate):
-    def _claim_read(self, _: None, answer: tuple[TransactionId | None]) -> None:
+    def _claim_read(self, _: None, state: KeyState) -> None:
         self.attempt(self.expected)
+
+
+class NamesUnderHeldKeys(Register):
+    def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        stands = self._attempts.get(claim)
+        if stands is not None and stands.transaction == expected:
+            self._attempts[claim] = attempt
+        return KeyState(attempt=self._attempts.setdefault(claim, attempt))
+
+
+class NamesBlindly(Register):
+    def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        if claim not in self._claims:
+            self._attempts[claim] = attempt
+        return self.read_key(claim)
 
 
 class EnlistsBoth(RemoteClient):

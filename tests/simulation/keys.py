@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from coordinator.log.base import Answer, BelowHorizon, ClaimHeld, Proposal
+from coordinator.log.base import Answer, Attempt, BelowHorizon, ClaimHeld, KeyState, Proposal
 from coordinator.model import ABORT, Claim, Outcome, TransactionId, Verdict
 from coordinator.protocol import Phase
 from tests.simulation.clients import Client, Plan
@@ -75,11 +75,10 @@ class Caller(Client):
     # Who holds the key?
 
     def read_name(self) -> None:
-        self.ask(self.process.log.read_attempt, self.key, self._name_read)
+        self.ask(self.process.log.read_key, self.claim, self._name_read)
 
-    def _name_read(self, _: None, answer: tuple[TransactionId | None]) -> None:
-        named = answer[0]
-        if named is None:
+    def _name_read(self, _: None, state: KeyState) -> None:
+        if state.attempt is None:
             self.attempt(None)
             return
         self.world.count("S44 a key is called again")
@@ -87,7 +86,7 @@ class Caller(Client):
             self.waited = True  # within the owner's deadline a second caller waits
             self.process.later(self.plan.seconds * self.world.random(), self.read_name)
             return
-        self.settle(named)
+        self.settle(state.attempt.transaction)
 
     def settle(self, former: TransactionId) -> None:
         """Have the former attempt's end recorded, and obey what stands."""
@@ -97,7 +96,7 @@ class Caller(Client):
     def _settled(self, _: None, answer: Answer) -> None:
         if isinstance(answer, BelowHorizon):
             self.world.count("a key's former attempt is below the horizon")
-            self.ask(self.process.log.read_claim, self.claim, self._claim_read)
+            self.ask(self.process.log.read_key, self.claim, self._claim_read)
             return
         assert not isinstance(answer, ClaimHeld)
         if answer.record.decision.verdict is Verdict.ABORT:
@@ -106,11 +105,11 @@ class Caller(Client):
         else:
             self.already_committed(answer.record.transaction)
 
-    def _claim_read(self, _: None, answer: tuple[TransactionId | None]) -> None:
-        if answer[0] is None:
+    def _claim_read(self, _: None, state: KeyState) -> None:
+        if state.holder is None:
             self.attempt(self.expected)
         else:
-            self.already_committed(answer[0])
+            self.already_committed(state.holder)
 
     def already_committed(self, holder: TransactionId) -> None:
         self.world.count("a caller learns that its key has committed")
@@ -128,15 +127,16 @@ class Caller(Client):
         self.teller = self.world.parts.teller(driver, self.truth)
         self.world.started(self.truth, self.plan)
         self.process.later(self.plan.seconds, self.teller.deadline)
-        self.ask(self.process.log.name_attempt, (self.key, former, driver.core.id), self._named)
+        self.name = Attempt(driver.core.id, int(self.plan.seconds * 1000))
+        self.ask(self.process.log.name_attempt, (self.claim, self.name, former), self._named)
 
     def begin(self, process: Process) -> Driver | None:
         return process.begin(self.plan.seconds, (self.claim,))
 
-    def _named(self, _: None, answer: tuple[TransactionId | None]) -> None:
+    def _named(self, _: None, state: KeyState) -> None:
         if self.driver.core.phase is not Phase.ACTIVE:
             return
-        if answer[0] != self.driver.core.id:
+        if state.holder is not None or state.attempt != self.name:
             self.world.count("two callers race for a key")
             self.teller.roll_back("another attempt holds the key")
             return

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING
 
 from coordinator.log.base import (
     Answer,
+    Attempt,
     BelowHorizon,
     Incident,
+    KeyState,
     LogIdentity,
     Mark,
     Page,
@@ -32,7 +34,7 @@ PAGE = 1000
 
 
 class LogServer:
-    """One log of the world, with the names of keys' current attempts beside the register."""
+    """One log of the world."""
 
     def __init__(self, world: World, number: int) -> None:
         self.world = world
@@ -41,7 +43,6 @@ class LogServer:
         self.register = world.parts.register(
             LogIdentity(self.id, world.epoch_ms - world.log_age_ms)
         )
-        self.attempts: dict[str, TransactionId] = {}
 
     def __repr__(self) -> str:
         return f"<log {self.id[-4:]}>"
@@ -83,8 +84,11 @@ class LogServer:
     def read_many(self, transactions: Sequence[TransactionId]) -> list[Reading]:
         return [self.register.read(transaction) for transaction in transactions]
 
-    def read_claim(self, claim: Claim) -> tuple[TransactionId | None]:
-        return (self.register.read_claim(claim),)
+    def read_key(self, claim: Claim) -> KeyState:
+        return self.register.read_key(claim)
+
+    def name_attempt(self, request: tuple[Claim, Attempt, TransactionId | None]) -> KeyState:
+        return self.register.name_attempt(*request)
 
     def scan(self, after: TransactionId | None) -> Page:
         return self.register.scan(after, PAGE)
@@ -130,17 +134,3 @@ class LogServer:
 
     def incidents(self, _: None) -> Sequence[Incident]:
         return self.register.incidents()
-
-    # Idempotency keys: the name of the current attempt, moved by compare-and-set.
-
-    def read_attempt(self, key: str) -> tuple[TransactionId | None]:
-        return (self.attempts.get(key),)
-
-    def name_attempt(
-        self, request: tuple[str, TransactionId | None, TransactionId]
-    ) -> tuple[TransactionId | None]:
-        """Name `new` the current attempt if `expected` still is; returns what stands."""
-        key, expected, new = request
-        if self.attempts.get(key) == expected:
-            self.attempts[key] = new
-        return (self.attempts.get(key),)

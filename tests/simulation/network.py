@@ -78,6 +78,7 @@ class Network:
                         self._again(now + 2.0 * draw() ** 2, server, operation, request)
                 else:
                     arrival += self.delay_most * draw() ** 2
+                    world.quiet_at = max(world.quiet_at, arrival)
         if arrival - now > CALL_TIMEOUT:
             lost = True
         world.sequence += 1
@@ -127,6 +128,7 @@ class Network:
         )
 
     def _again(self, at: float, server: Any, operation: Callable[[Any], Any], request: Any) -> None:
+        self.world.quiet_at = max(self.world.quiet_at, at + 0.02)
         self.world.at(at - self.world.now + 0.02, self._arrive_again, server, operation, request)
 
     def _arrive_again(self, server: Any, operation: Callable[[Any], Any], request: Any) -> None:

@@ -253,6 +253,7 @@ class Sweeper:
             clear = self.world.parts.clear_mark(
                 scan_began_ms=self.began_ms,
                 retention_ms=int(RETENTION * 1000),
+                alive=self.alive,
                 seen=self._unquarantined(branches),
                 records=self.records,
             )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager
+from typing import Any
 
 from coordinator.config import Settings
+from coordinator.decorating import F, How, decorate
 from coordinator.engine import Engine, draw_member_id
 from coordinator.errors import LogUnavailable
 from coordinator.log.base import Answer, Log, Proposal
@@ -24,7 +26,7 @@ from coordinator.model import (
     Xid,
 )
 from coordinator.participant import Binding
-from coordinator.transactional import GlobalTransaction, Scope
+from coordinator.scope import Options, Scope
 
 PREPARED = Vote(VoteKind.PREPARED)
 QUICK = Settings(
@@ -132,10 +134,12 @@ class Bench:
         self._table[member] = beat
 
     def scope(self, timeout: float = 5.0) -> Scope:
-        def begin() -> GlobalTransaction:
-            return GlobalTransaction(self.engine, self.engine.begin(timeout), timeout)
+        return Scope(lambda: self.engine, Options(timeout=timeout))
 
-        return Scope(begin, lambda: self.engine)
+    def transactional(self, function: F, **how: Any) -> F:
+        """The function, decorated for this engine."""
+        home: Any = self  # a coroutine function needs no home
+        return decorate(function, How(timeout=5.0, **how), lambda: self.engine, home)
 
 
 @asynccontextmanager

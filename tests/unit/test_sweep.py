@@ -29,14 +29,30 @@ def branch(transaction: TransactionId, number: int) -> Branch:
     return Branch(Xid(LogId("c" * 16), MEMBER, transaction, BranchId(f"{number:016x}")), "accounts")
 
 
-def mark_after(seen: list[Branch], record: Record | None = None) -> TransactionId:
+def mark_after(
+    seen: list[Branch],
+    record: Record | None = None,
+    alive: dict[MemberId, Beat] | None = None,
+) -> TransactionId:
     records = {} if record is None else {record.transaction: record}
-    return clear_mark(scan_began_ms=SCAN_MS, retention_ms=RETENTION_MS, seen=seen, records=records)
+    return clear_mark(
+        scan_began_ms=SCAN_MS,
+        retention_ms=RETENTION_MS,
+        alive=alive or {},
+        seen=seen,
+        records=records,
+    )
 
 
 def test_a_scan_that_sees_nothing_is_clear_of_what_can_prepare_no_more() -> None:
     """Who is younger than half the retention may prepare after the scan."""
     assert mark_after([]) == CLEAR
+
+
+def test_what_a_member_drives_undecided_may_still_prepare() -> None:
+    for phase, mark in (("preparing", OLD), ("rolling back", OLD), ("committing", CLEAR)):
+        beat = Beat(SCAN_MS, 1, [InFlight(OLD, 1.0, phase)])
+        assert mark_after([], alive={MEMBER: beat}) == mark
 
 
 def test_a_branch_without_a_record_holds_the_mark_back() -> None:
@@ -64,10 +80,11 @@ def candidate(
     clock_ms: int = SCAN_MS,
     newest: TransactionId | None = None,
     flying: TransactionId | None = None,
+    phase: str = "preparing",
     clear: TransactionId | None = None,
     swept_ms: int = SCAN_MS,
 ) -> TransactionId:
-    flights = [] if flying is None else [InFlight(flying, 1.0, "preparing")]
+    flights = [] if flying is None else [InFlight(flying, 1.0, phase)]
     mark = id_floor(SCAN_MS) if clear is None else clear
     return horizon_candidate(
         retention_ms=RETENTION_MS,
@@ -84,6 +101,8 @@ def test_the_horizon_stays_behind_each_of_its_bounds() -> None:
     assert candidate(clock_ms=SCAN_MS - 300) == id_floor(SCAN_MS - 400)
     assert candidate(newest=OLD) == OLD
     assert candidate(flying=OLD) == OLD
+    decided = candidate(flying=OLD, phase="committing")
+    assert decided == candidate(), "a database that is dead for hours holds up no forgetting"
     assert candidate(clear=OLD) == OLD
 
 

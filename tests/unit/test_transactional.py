@@ -17,7 +17,7 @@ from coordinator.events import Published
 from coordinator.log.base import Proposal
 from coordinator.model import ABORT, Ending, EndingKind, Verdict, Vote, VoteKind
 from coordinator.protocol import Phase
-from coordinator.transactional import current, decorate
+from coordinator.transactional import current
 from tests.unit.scripted import OnePhaseScripted, Scripted, SlowLog, engine_with, until
 
 
@@ -232,10 +232,10 @@ async def test_a_nested_function_joins_and_its_exception_dooms_even_if_swallowed
 
         async def outer() -> None:
             with pytest.raises(LookupError):
-                await decorate(inner, bench.scope)()
+                await bench.transactional(inner)()
 
         with pytest.raises(TransactionAborted, match="inner failed") as raised:
-            await decorate(outer, bench.scope)()
+            await bench.transactional(outer)()
         assert isinstance(raised.value.__cause__, LookupError)
         assert a.calls == ["rollback"]
 

@@ -50,13 +50,24 @@ CREATE TABLE record (
     unfinished INTEGER NOT NULL
 ) WITHOUT ROWID;
 CREATE INDEX record_unfinished ON record (id) WHERE unfinished = 1;
+-- `attachment` is that of the holder's commit, kept here beyond its record.
 CREATE TABLE claim (
-    space  TEXT NOT NULL,
-    key    TEXT NOT NULL,
-    holder BLOB NOT NULL,
+    space      TEXT NOT NULL,
+    key        TEXT NOT NULL,
+    holder     BLOB NOT NULL,
+    attachment BLOB NOT NULL,
     PRIMARY KEY (space, key)
 ) WITHOUT ROWID;
 CREATE INDEX claim_by_holder ON claim (holder);
+-- The current attempt under a key, by its transaction's id.
+CREATE TABLE attempt (
+    space      TEXT NOT NULL,
+    key        TEXT NOT NULL,
+    id         BLOB NOT NULL,
+    timeout_ms INTEGER NOT NULL,
+    PRIMARY KEY (space, key)
+) WITHOUT ROWID;
+CREATE INDEX attempt_by_id ON attempt (id);
 CREATE TABLE resource (
     name     TEXT NOT NULL UNIQUE,
     identity TEXT NOT NULL,
@@ -204,6 +215,10 @@ def _is_new(connection: apsw.Connection, path: Path) -> bool:
         )
     if version != SCHEMA_VERSION:
         raise _damaged(path, f"its schema has version {version}, which never existed")
+    if not connection.table_exists("main", "attempt"):
+        raise _refuse(
+            path, "it was made before the first release, with other tables", "choose another path"
+        )
     return False
 
 

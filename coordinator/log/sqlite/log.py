@@ -18,7 +18,9 @@ from coordinator.codec import pack_transaction, unpack_transaction
 from coordinator.errors import LogUnavailable, ProtocolError
 from coordinator.log.base import (
     Answer,
+    Attempt,
     Incident,
+    KeyState,
     LogIdentity,
     Mark,
     Page,
@@ -29,7 +31,7 @@ from coordinator.log.base import (
     Stands,
     Unreadable,
 )
-from coordinator.log.sqlite.store import AWAITED, Row, Store, insertion
+from coordinator.log.sqlite.store import AWAITED, Row, Store, check_text, insertion
 from coordinator.log.sqlite.writer import Statistics, Writer
 from coordinator.model import Claim, TransactionId, Verdict
 
@@ -100,8 +102,16 @@ class SQLiteLog:
         row, horizon = await self._read(lambda store: (store.read(key), store.horizon))
         return Reading(None if row is None else self._record(row, identity), horizon)
 
-    async def read_claim(self, claim: Claim) -> TransactionId | None:
-        return await self._read(lambda store: store.read_claim(claim))
+    async def read_key(self, claim: Claim) -> KeyState:
+        _check(claim)
+        return await self._read(lambda store: store.read_key(claim))
+
+    async def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        _check(claim)
+        _key(attempt.transaction)
+        return await self._write(lambda store: store.name_attempt(claim, attempt, expected))
 
     async def scan(
         self, after: TransactionId | None, limit: int, *, unfinished_only: bool = True
@@ -193,6 +203,13 @@ def _decoded(row: Row, identity: LogIdentity) -> Record:
     named = [branch.id for branch in decision.branches]
     ended = frozenset(each for each in named if codec.pack_branches([each]) not in unmarked)
     return Record(transaction, decision, attachment, answer, ended)
+
+
+def _check(claim: Claim) -> None:
+    try:
+        check_text(claim)
+    except ValueError as error:
+        raise ProtocolError(f"the log cannot keep the key {claim.key!r}: {error}") from error
 
 
 def _key(transaction: TransactionId) -> bytes:

@@ -15,7 +15,16 @@ import msgspec
 from coordinator import codec
 from coordinator.codec import BRANCH_BYTES, pack_branches, pack_transaction, unpack_transaction
 from coordinator.errors import ProtocolError
-from coordinator.log.base import BelowHorizon, ClaimHeld, Incident, Mark, Proposal, Resource
+from coordinator.log.base import (
+    Attempt,
+    BelowHorizon,
+    ClaimHeld,
+    Incident,
+    KeyState,
+    Mark,
+    Proposal,
+    Resource,
+)
 from coordinator.log.register import another_identity
 from coordinator.model import (
     Claim,
@@ -51,6 +60,7 @@ class Insertion(msgspec.Struct, frozen=True):
     answer: str | None
     unfinished: bool
     claims: tuple[Claim, ...]
+    attachment: bytes
 
 
 def insertion(proposal: Proposal, log: LogId) -> Insertion:
@@ -60,7 +70,7 @@ def insertion(proposal: Proposal, log: LogId) -> Insertion:
     attachment = proposal.attachment if commits else b""
     data = codec.encode(decision, attachment, log=log, transaction=proposal.transaction)
     for claim in proposal.claims:
-        f"{claim.space}{claim.key}".encode()  # fails here and not inside the transaction of others
+        check_text(claim)
     unmarked = pack_branches([branch.xid.branch for branch in decision.branches])
     delegated = decision.verdict is Verdict.DELEGATED
     return Insertion(
@@ -70,7 +80,13 @@ def insertion(proposal: Proposal, log: LogId) -> Insertion:
         AWAITED if delegated else None,
         delegated or (commits and bool(unmarked)),
         proposal.claims if commits else (),
+        attachment,
     )
+
+
+def check_text(claim: Claim) -> None:
+    """Raises `ValueError` if it cannot be stored: before it is in the transaction of others."""
+    f"{claim.space}{claim.key}".encode()
 
 
 class Store:
@@ -103,12 +119,15 @@ class Store:
         if new.id < self._horizon:
             return BelowHorizon(self.horizon)
         for claim in new.claims:
-            holder = self.read_claim(claim)
+            holder = self._cursor.execute(
+                "SELECT holder FROM claim WHERE space = ? AND key = ?", (claim.space, claim.key)
+            ).get
             if holder is not None:
-                return ClaimHeld(claim, holder)
+                return ClaimHeld(claim, unpack_transaction(holder))
         for claim in dict.fromkeys(new.claims):
             self._cursor.execute(
-                "INSERT INTO claim VALUES (?, ?, ?)", (claim.space, claim.key, new.id)
+                "INSERT INTO claim VALUES (?, ?, ?, ?)",
+                (claim.space, claim.key, new.id, new.attachment),
             )
         self._insert(new)
         return None
@@ -148,11 +167,36 @@ class Store:
         row = found.fetchone()
         return None if row is None else Row(*row)
 
-    def read_claim(self, claim: Claim) -> TransactionId | None:
-        holder = self._connection.execute(
-            "SELECT holder FROM claim WHERE space = ? AND key = ?", (claim.space, claim.key)
-        ).get
-        return None if holder is None else unpack_transaction(holder)
+    def read_key(self, claim: Claim) -> KeyState:
+        key = (claim.space, claim.key)
+        named = self._connection.execute(
+            "SELECT id, timeout_ms FROM attempt WHERE space = ? AND key = ?", key
+        ).fetchone()
+        attempt = None if named is None else Attempt(unpack_transaction(named[0]), named[1])
+        held = self._connection.execute(
+            "SELECT holder, attachment, answer FROM claim LEFT JOIN record ON record.id = holder "
+            "WHERE space = ? AND key = ?",
+            key,
+        ).fetchone()
+        if held is None:
+            return KeyState(attempt=attempt)
+        holder, attachment, answer = held
+        if answer == AWAITED:
+            return KeyState(unpack_transaction(holder), attempt=attempt)
+        return KeyState(unpack_transaction(holder), True, attachment, attempt)
+
+    def name_attempt(
+        self, claim: Claim, attempt: Attempt, expected: TransactionId | None
+    ) -> KeyState:
+        state = self.read_key(claim)
+        named = None if state.attempt is None else state.attempt.transaction
+        if state.holder is not None or named != expected:
+            return state
+        self._connection.execute(
+            "INSERT OR REPLACE INTO attempt VALUES (?, ?, ?, ?)",
+            (claim.space, claim.key, pack_transaction(attempt.transaction), attempt.timeout_ms),
+        )
+        return KeyState(attempt=attempt)
 
     def scan(self, after: bytes, limit: int, *, unfinished_only: bool) -> list[Row]:
         """Up to `limit` rows after an id, in the order of ids."""
@@ -194,11 +238,12 @@ class Store:
         )
         deleted = self._connection.changes()
         before = min(self._horizon, pack_transaction(id_floor(claims_before_ms)))
-        self._connection.execute(
-            "DELETE FROM claim WHERE (space, key) IN "
-            "(SELECT space, key FROM claim WHERE holder < ? ORDER BY holder LIMIT ?)",
-            (before, limit),
-        )
+        for table, taken_by in (("claim", "holder"), ("attempt", "id")):
+            self._connection.execute(
+                f"DELETE FROM {table} WHERE (space, key) IN (SELECT space, key FROM {table} "
+                f"WHERE {taken_by} < ? ORDER BY {taken_by}, space, key LIMIT ?)",
+                (before, limit),
+            )
         return deleted
 
     def register(self, name: str, identity: str, now_ms: int) -> Resource:
