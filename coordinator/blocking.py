@@ -16,12 +16,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from coordinator.bridge import LoopThread, run_on
+from coordinator.context import refuse_on_a_running_loop
 from coordinator.engine import Engine
 from coordinator.errors import ConfigurationError, TransactionError
 from coordinator.model import Status
 from coordinator.recovery import Round
 from coordinator.scope import BlockingScope
-from coordinator.transactional import refuse_on_a_running_loop
 
 if TYPE_CHECKING:
     from coordinator.coordinator import Coordinator

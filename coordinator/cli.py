@@ -44,6 +44,24 @@ Json = Annotated[
     bool, typer.Option("--json", help="Machine-readable output on stdout, and nothing else there.")
 ]
 
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config",
+        help="The configuration file; without it the one that SYNCPOINT_CONFIG names.",
+        show_default="./syncpoint.toml",
+    ),
+]
+
+Application = Annotated[
+    str | None,
+    typer.Option(
+        "--app",
+        metavar="MODULE:ATTRIBUTE",
+        help="Take the coordinator object of a service's own code instead of a file.",
+    ),
+]
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code; the console script's entry point."""
@@ -112,21 +130,8 @@ def demo(
 
 @app.command()
 def recover(
-    config: Annotated[
-        Path | None,
-        typer.Option(
-            help="The configuration file; without it the one that SYNCPOINT_CONFIG names.",
-            show_default="./syncpoint.toml",
-        ),
-    ] = None,
-    application: Annotated[
-        str | None,
-        typer.Option(
-            "--app",
-            metavar="MODULE:ATTRIBUTE",
-            help="Take the coordinator object of a service's own code instead of a file.",
-        ),
-    ] = None,
+    config: ConfigFile = None,
+    application: Application = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only tell what would be done.")
     ] = False,
@@ -146,9 +151,37 @@ def recover(
 
     Exits 0 when nothing is left, 3 when something is still in doubt, 4 when a person is needed.
     """
-    from coordinator.commands.recover import locate, run
+    from coordinator.commands.recover import run
+    from coordinator.commands.target import load
 
-    return run(locate(config, application), dry_run=dry_run, wait=wait, as_json=json)
+    return run(load(config, application), dry_run=dry_run, wait=wait, as_json=json)
+
+
+@app.command()
+def check(
+    config: ConfigFile = None,
+    application: Application = None,
+    role_sql: Annotated[
+        bool,
+        typer.Option(
+            "--role-sql", help="Print instead the SQL that makes a role of the least rights."
+        ),
+    ] = False,
+    json: Json = False,
+) -> int:
+    """Compare the settings of every participant and of the log with what is needed.
+
+    Looks at versions, roles, slots, connections, standbys, timeouts, poolers, disks and clocks,
+    and tells the fix of each problem. Changes nothing; safe to run at any time, beside services
+    and before the first one. A participant that is down does not stop the check of the others.
+
+    Exits 0 when all is as it must be, 2 when something must change.
+    """
+    from coordinator.commands.check import run, show_role_sql
+    from coordinator.commands.target import load
+
+    ask = show_role_sql if role_sql else run
+    return ask(load(config, application), as_json=json)
 
 
 @app.command()

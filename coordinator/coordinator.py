@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
@@ -53,7 +53,7 @@ class Coordinator:
             raise ConfigurationError("cluster is empty: give the group of services a name")
         self.cluster = cluster
         self.settings = (settings or Settings()).validate()
-        self._url = log
+        self.log_url = log
         self._participants = _by_name(participants)
         open_log(log)  # a wrong URL is answered here and not at the first request
         self._engine: Engine | None = None
@@ -79,6 +79,11 @@ class Coordinator:
         state = "open" if self._engine is not None else "closed"
         names = ", ".join(self._participants)
         return f"<Coordinator {self.cluster} {state}: {names or 'no participants'}>"
+
+    @property
+    def participants(self) -> Sequence[Participant]:
+        """What takes part, as given."""
+        return tuple(self._participants.values())
 
     # Opening and closing.
 
@@ -106,7 +111,7 @@ class Coordinator:
             self._forget_parent()
         if self._engine is not None:
             raise TransactionError("the coordinator is open already")
-        log, members = open_log(self._url)
+        log, members = open_log(self.log_url)
         try:
             self._log = log
             identity = await log.open()

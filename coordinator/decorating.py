@@ -18,6 +18,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import msgspec
 
+from coordinator.context import enter, leave, refuse_on_a_running_loop
 from coordinator.engine import Engine
 from coordinator.errors import (
     AlreadyDecided,
@@ -29,7 +30,6 @@ from coordinator.errors import (
 from coordinator.keys import Decided, check_key, decode_result, encode_result
 from coordinator.propagation import Place, Propagation, place_of
 from coordinator.scope import BlockingScope, Home, Options, Scope
-from coordinator.transactional import enter, leave, refuse_on_a_running_loop
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -23,7 +23,7 @@ from coordinator.gate import Gate
 from coordinator.log.base import Log, LogIdentity, Mark
 from coordinator.members.base import Beat, InFlight, Members
 from coordinator.model import Claim, MemberId, TransactionId, id_floor, id_time_ms
-from coordinator.participant import Participant, Pooled
+from coordinator.participant import Bounded, Participant
 from coordinator.protocol import Phase, Transaction
 from coordinator.sweep import Case
 
@@ -65,9 +65,7 @@ class Engine:
         self.settings = settings
         self.retry_first = settings.retry_first
         self.retry_most = settings.retry_most
-        # Who was let in must never wait for a connection of a pool that others of them hold.
-        pools = [each.pool_size for each in participants.values() if isinstance(each, Pooled)]
-        self.gate = Gate(settings.active_most, most=min(pools, default=GATE_MOST))
+        self.gate = Gate(settings.active_most, most=self._at_once())
         self.members_seen = 1
         self.drivers: dict[TransactionId, Driver] = {}
         self.newest = id_floor(identity.created_ms)
@@ -174,6 +172,11 @@ class Engine:
             self.ended(driver)
         return driver
 
+    def _at_once(self) -> int:
+        """Who was let in must never wait for a connection or a slot that others of them hold."""
+        bounds = [each.at_once for each in self.participants.values() if isinstance(each, Bounded)]
+        return min(bounds, default=GATE_MOST)
+
     def mark(self, mark: Mark) -> None:
         self._marks.append(mark)
 
@@ -188,6 +191,7 @@ class Engine:
     async def _keep_beating(self) -> None:
         while True:
             await asyncio.sleep(self.settings.beat_interval)
+            self.gate.most = self._at_once()
             try:
                 await self.members.beat(self._beat())
             except LogUnavailable as error:

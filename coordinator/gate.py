@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
@@ -92,7 +93,8 @@ class Line(Generic[_T]):
 class Token:
     """A transaction's right to be in the databases, from before its first connection to its end.
 
-    The owner says `busy()` before and `idle()` after each statement, in pairs that may overlap.
+    The owner says `busy()` before and `idle()` after each statement, in pairs that may overlap, and
+    from any thread; everything else happens on the gate's event loop.
     """
 
     __slots__ = ("_gate", "_lent", "_running", "_since", "entered", "name")
@@ -111,7 +113,7 @@ class Token:
         if not self._running:
             self._since = self._gate.clock()
             if self._lent:
-                self._gate._take_back(self)
+                self._gate._lend(self, False)
         self._running += 1
 
     def idle(self) -> None:
@@ -146,6 +148,7 @@ class Gate:
         self._wanted = limit
         self._holders: dict[Token, None] = {}
         self._counted = 0
+        self._lock = threading.Lock()  # threads say busy and idle for themselves
         self._line: Line[Token] = Line(undo=self._leave)
         self._timer: asyncio.TimerHandle | None = None
         self._mean = 0.0
@@ -204,7 +207,7 @@ class Gate:
     def _let_in(self, token: Token) -> None:
         token.entered = token._since = self.clock()
         self._holders[token] = None
-        self._counted += 1
+        self._count(1)
 
     def _admit(self) -> None:
         while self._has_room and (token := self._line.serve()) is not None:
@@ -214,14 +217,19 @@ class Gate:
         if token not in self._holders:
             return
         del self._holders[token]
-        if not token._lent:
-            self._counted -= 1
-        token._lent = False
+        self._lend(token, False)
+        self._count(-1)
         self._admit()
 
-    def _take_back(self, token: Token) -> None:
-        token._lent = False
-        self._counted += 1
+    def _lend(self, token: Token, lent: bool) -> None:
+        with self._lock:
+            if token._lent is not lent:
+                token._lent = lent
+                self._counted += -1 if lent else 1
+
+    def _count(self, by: int) -> None:
+        with self._lock:
+            self._counted += by
 
     def _look(self) -> None:
         """While somebody waits: lend the places of bodies that do not work, and look again."""
@@ -232,8 +240,7 @@ class Gate:
             if not self._line:
                 break
             if not token._lent and not token._running and now - token._since >= self.patience:
-                token._lent = True
-                self._counted -= 1
+                self._lend(token, True)
                 self._admit()
         if self._line:
             self._timer = self._call_at(now + self.patience, self._look)

@@ -77,7 +77,7 @@ async def begin_under(engine: Engine, key: str, timeout: float) -> Driver:
     claim, expected = Claim(SPACE, check_key(key)), None
     while True:
         transaction = engine.draw()
-        attempt = Attempt(transaction, int(timeout * 1000))
+        attempt = Attempt(transaction, int(timeout * 1000), engine.member)
         state = await engine.log.name_attempt(claim, attempt, expected)
         if state.committed and state.holder is not None:
             raise Decided(key, state.holder, state.attachment)
@@ -112,7 +112,7 @@ class _Former:
                 return transaction
             if record is not None and not record.unresolved:
                 return transaction
-            if record is None and self._is_late():
+            if record is None and await self._is_over():
                 answer = await self._engine.log.propose(Proposal(transaction, ABORT))
                 if isinstance(answer, BelowHorizon):
                     return transaction
@@ -120,9 +120,15 @@ class _Former:
             await self._sleep(pause, transaction)
             pause = min(pause * 2, POLL_SECONDS_MOST)
 
-    def _is_late(self) -> bool:
-        """Its owner's time is over. A wrong clock makes us end it early, which harms only it."""
-        return self._loop.time() >= self._free_at
+    async def _is_over(self) -> bool:
+        """Its owner's time is over, or its owner dead.
+
+        To be wrong about that, by a clock or about a member, harms only the former attempt.
+        """
+        if self._loop.time() >= self._free_at:
+            return True
+        attempt = self._state.attempt
+        return attempt is not None and attempt.member not in await self._engine.members.alive()
 
     async def _sleep(self, pause: float, transaction: TransactionId) -> None:
         left = self._deadline - self._loop.time()

@@ -72,11 +72,12 @@ class Participant(Protocol):
 
 
 @runtime_checkable
-class Pooled(Protocol):
-    """A participant that works over so many connections at most."""
+class Bounded(Protocol):
+    """A participant that knows how many transactions can work there at the same time."""
 
     @property
-    def pool_size(self) -> int: ...
+    def at_once(self) -> int:
+        """By its connections, its slots, whatever there is less of; asked again now and then."""
 
 
 @runtime_checkable

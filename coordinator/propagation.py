@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from enum import Enum, StrEnum
 
+from coordinator.context import running
 from coordinator.engine import Engine
 from coordinator.errors import ConfigurationError, TransactionError
-from coordinator.transactional import GlobalTransaction, running
+from coordinator.transactional import GlobalTransaction
 
 
 class Propagation(StrEnum):

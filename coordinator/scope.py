@@ -15,17 +15,11 @@ from typing import Any, Protocol, TypeVar
 import msgspec
 
 from coordinator import keys
+from coordinator.context import enter, leave, refuse_on_a_running_loop, running
 from coordinator.engine import Engine
 from coordinator.errors import TransactionError
 from coordinator.propagation import Place, Propagation, joined, place_of
-from coordinator.transactional import (
-    GlobalTransaction,
-    doomed_by,
-    enter,
-    leave,
-    refuse_on_a_running_loop,
-    running,
-)
+from coordinator.transactional import GlobalTransaction, doomed_by
 
 _T = TypeVar("_T")
 

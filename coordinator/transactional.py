@@ -8,10 +8,9 @@ function joins, the deadline cancels the body, a cancelled caller never cancels 
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 from collections.abc import Coroutine
-from contextvars import ContextVar
-from contextvars import Token as Former
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from coordinator.bridge import run_on
@@ -38,57 +37,6 @@ _T = TypeVar("_T")
 GRACE_SECONDS = 1.0
 """How long a caller whose time is up still waits to hear an outcome that is already on its way."""
 
-_current: ContextVar[GlobalTransaction | None] = ContextVar("syncpoint_transaction", default=None)
-
-
-def current() -> GlobalTransaction | None:
-    """The transaction that the calling task or thread runs in, if any."""
-    return _current.get()
-
-
-def running() -> GlobalTransaction | None:
-    """The transaction that `current` is, unless it has ended and a stray task goes on."""
-    transaction = _current.get()
-    return None if transaction is None or transaction.has_ended else transaction
-
-
-def enter(transaction: GlobalTransaction | None) -> Former[GlobalTransaction | None]:
-    """From now on the calling task or thread runs in that transaction, or in none."""
-    return _current.set(transaction)
-
-
-def leave(former: Former[GlobalTransaction | None]) -> None:
-    """Go back to what was current before `enter`."""
-    _current.reset(former)
-
-
-def required(verb: str, *, blocking: bool) -> GlobalTransaction:
-    """The transaction that `verb`, the name of a participant's method, is to work in.
-
-    `blocking` tells which face was called. Raises `TransactionError` outside a transaction, in one
-    that was begun with the other face, and for the synchronous face on a running event loop.
-    """
-    if blocking:
-        refuse_on_a_running_loop(verb)
-    transaction = current()
-    if transaction is None:
-        within = "with coordinator.blocking" if blocking else "async with coordinator"
-        raise TransactionError(
-            f"{verb} was called outside a transaction: call it in a function decorated with "
-            f"@coordinator.transactional, or inside `{within}.transaction()`"
-        )
-    transaction.refuse_unless_of(verb, blocking=blocking)
-    return transaction
-
-
-def refuse_on_a_running_loop(verb: str, hint: str = "use the asynchronous verb") -> None:
-    """Raise `ConfigurationError` if the calling thread runs an event loop: it would stand still."""
-    if asyncio._get_running_loop() is not None:
-        raise ConfigurationError(
-            f"{verb} is synchronous and would stop the event loop that runs in this thread: "
-            f"{hint}, or call it in a thread of its own"
-        )
-
 
 class GlobalTransaction:
     """A running transaction. Made by a coordinator, never by hand."""
@@ -107,6 +55,7 @@ class GlobalTransaction:
         self.outer = outer
         """The transaction that waits for the end of this one, which was begun inside it."""
         self.loop = asyncio.get_running_loop()
+        self._process = os.getpid()
         self.token: Token | None = None
         """Its place among those that may work in databases; see `coordinator.gate`."""
         self.expired = False
@@ -114,6 +63,7 @@ class GlobalTransaction:
         self._engine = engine
         self._driver = driver
         self._doom: TransactionAborted | None = None
+        self._admission = asyncio.Lock()
         self._admitted = False
         self._attachment = b""
         self._alarm: asyncio.TimerHandle | None = None
@@ -144,6 +94,14 @@ class GlobalTransaction:
     def deadline(self) -> float:
         """When the transaction's time is up, on the clock of its event loop, in seconds."""
         return self._driver.deadline
+
+    @property
+    def waits_end(self) -> float:
+        """Until when to wait for what others hold: a little before the deadline, on its clock.
+
+        Who waited in vain can then say for what, before the deadline ends the body.
+        """
+        return self.deadline - min(0.05, self.timeout / 10)
 
     @property
     def log_id(self) -> LogId:
@@ -210,7 +168,15 @@ class GlobalTransaction:
         self._attachment = attachment
 
     def run(self, coroutine: Coroutine[Any, Any, _T]) -> _T:
-        """Run a coroutine on the transaction's event loop from a thread that has none."""
+        """Run a coroutine on the transaction's event loop from a thread that has none.
+
+        Raises `TransactionError` in a forked child, where that loop does not run.
+        """
+        if self._process != os.getpid():
+            coroutine.close()
+            raise TransactionError(
+                "the transaction was begun before a fork: only the parent process can go on with it"
+            )
         return run_on(self.loop, coroutine)
 
     async def admit(self) -> None:
@@ -222,16 +188,24 @@ class GlobalTransaction:
         """
         if self.token is not None:
             return
-        self.token = self.outer.token if self.outer is not None else None
-        if self.token is not None:
+        if self.outer is not None and self.outer.token is not None:
+            self.token = self.outer.token
             return
+        async with self._admission:  # one place, also where two tasks come at the same time
+            if self.token is None:
+                self.token = await self._wait_for_admission()
+                self._admitted = True
+
+    async def _wait_for_admission(self) -> Token:
+        name = self._driver.core.id
         try:
-            self.token = await self._engine.gate.enter(self._driver.core.id, self.deadline)
+            token = await self._engine.gate.enter(name, self.waits_end)
         except TimeoutError as error:
-            raise TransactionAborted(
-                str(error), transaction_id=self._driver.core.id, retryable=True
-            ) from error
-        self._admitted = True
+            raise TransactionAborted(str(error), transaction_id=name, retryable=True) from error
+        if self.is_over:
+            token.leave()
+            raise TransactionError(f"transaction {name} is over: nothing can take part in it")
+        return token
 
     async def enlist(
         self, participant: Participant, *, one_phase: bool = False, last_resource: bool = False
@@ -296,6 +270,8 @@ class GlobalTransaction:
         """
         if self._alarm is not None:
             self._alarm.cancel()
+        if self.token is not None:
+            self.token.busy()  # the place of one that ends is not lent
         try:
             if self.expired:
                 reason = self._deadline_passed()
@@ -309,8 +285,10 @@ class GlobalTransaction:
             if isinstance(error, asyncio.CancelledError):
                 self.note_outcome(error)
         finally:
-            if self.token is not None and self._admitted:
-                self.token.leave()
+            if self.token is not None:
+                self.token.idle()
+                if self._admitted:
+                    self.token.leave()
 
     async def commit(self) -> None:
         """Commit and return, or raise how it ended otherwise; see `coordinator.errors`."""

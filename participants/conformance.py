@@ -21,7 +21,9 @@ from typing import Protocol, cast
 
 from uuid_utils import uuid7
 
+from coordinator.context import enter, leave
 from coordinator.errors import TransactionError
+from coordinator.hooks import AfterEnd, BeforeCommit, Hooks
 from coordinator.model import (
     FINISHED,
     Branch,
@@ -36,7 +38,7 @@ from coordinator.model import (
     Xid,
 )
 from coordinator.participant import Binding, OnePhase, Participant
-from coordinator.transactional import GlobalTransaction, _current
+from coordinator.transactional import GlobalTransaction
 
 TRIAL_SECONDS = 30.0
 
@@ -58,15 +60,34 @@ class Harness(Protocol):
 
 
 class TrialTransaction:
-    """Stands in for a `GlobalTransaction` where a check plays the coordinator."""
+    """Stands in for an asynchronous `GlobalTransaction` where a check plays the coordinator."""
+
+    blocking = False
+    outer = None
+    token = None
 
     def __init__(self, binding: Binding, seconds: float = TRIAL_SECONDS) -> None:
         self.id = TransactionId(str(uuid7()))
         self.log_id = binding.log
-        self.deadline = asyncio.get_running_loop().time() + seconds
-        self.is_over = False
+        self.loop = asyncio.get_running_loop()
+        self.deadline = self.waits_end = self.loop.time() + seconds
+        self.is_over = self.has_ended = False
+        self.hooks = Hooks()
         self.branches: list[Branch] = []
         self._member = binding.member
+
+    def refuse_unless_of(self, verb: str, *, blocking: bool) -> None:
+        if blocking:
+            raise TransactionError(f"{verb} is synchronous, but the trial is not")
+
+    async def admit(self) -> None:
+        """There is no gate: a trial has the resource for itself."""
+
+    def before_commit(self, call: BeforeCommit) -> None:
+        self.hooks.before_commit.append(call)
+
+    def after_end(self, call: AfterEnd) -> None:
+        self.hooks.after_end.append(call)
 
     async def enlist(
         self, participant: Participant, *, one_phase: bool = False, last_resource: bool = False
@@ -106,12 +127,13 @@ async def opened(harness: Harness, bound: Binding) -> AsyncIterator[Participant]
 async def trial(bound: Binding, seconds: float = TRIAL_SECONDS) -> AsyncIterator[TrialTransaction]:
     """Run the block in a transaction; leaving it closes enlistment and ends nothing."""
     transaction = TrialTransaction(bound, seconds)
-    token = _current.set(cast(GlobalTransaction, transaction))
+    former = enter(cast(GlobalTransaction, transaction))
     try:
         yield transaction
+        await transaction.hooks.run_before_commit()
     finally:
         transaction.is_over = True
-        _current.reset(token)
+        leave(former)
 
 
 async def prepared(harness: Harness, participant: Participant, bound: Binding) -> Branch:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 from uuid import uuid4
 
+from coordinator.context import required
 from coordinator.errors import (
     ConfigurationError,
     ProtocolError,
@@ -31,7 +32,7 @@ from coordinator.model import (
     Xid,
 )
 from coordinator.participant import Binding
-from coordinator.transactional import GlobalTransaction, required
+from coordinator.transactional import GlobalTransaction
 
 
 class MemoryStore:

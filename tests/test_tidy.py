@@ -25,7 +25,6 @@ FUNCTION_LINES_MAX = 70
 
 LONGER_FILES: dict[str, str] = {
     "coordinator/protocol.py": "the table and all of its rules are read together or not at all",
-    "tests/integration/test_postgres_answers.py": "one table of answers, a test for each row",
     "tests/integration/test_postgres_leases.py": "one list of what a lease refuses and survives",
     "tests/simulation/bugs.py": "one list of planted bugs",
     "tests/simulation/world.py": "the world of the simulation, its clock and its phases",

@@ -7,12 +7,8 @@ then on for as long as a round ends something, or `wait` seconds, or until nothi
 from __future__ import annotations
 
 import asyncio
-import importlib
-import os
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import msgspec
 from rich import box
@@ -22,7 +18,7 @@ from rich.table import Table
 
 from coordinator.commands.output import messages, print_json, progress_bar, results
 from coordinator.coordinator import Coordinator
-from coordinator.errors import ConfigurationError, LogUnavailable, one_line
+from coordinator.errors import LogUnavailable, one_line
 from coordinator.model import Status, TransactionId, Verdict
 from coordinator.recovery import Round
 from coordinator.sweep import Case
@@ -31,7 +27,6 @@ EXIT_CLEAN = 0
 EXIT_IN_DOUBT = 3
 EXIT_PERSON_NEEDED = 4
 
-DEFAULT_FILE = Path("syncpoint.toml")
 PAUSE_SECONDS = 0.2
 WAITING_PAUSE_SECONDS = 1.0
 ROWS_MAX = 50
@@ -80,37 +75,6 @@ class Report(msgspec.Struct):
         if self.person_needed:
             return EXIT_PERSON_NEEDED
         return EXIT_CLEAN if self.clean else EXIT_IN_DOUBT
-
-
-def locate(config: Path | None, application: str | None) -> Coordinator:
-    """The coordinator that a file describes or that an application holds.
-
-    Without either the file is the one that SYNCPOINT_CONFIG names, or ./syncpoint.toml.
-    Raises `ConfigurationError` that names the file, the module or the attribute, and the fix.
-    """
-    if application is None:
-        named = os.environ.get("SYNCPOINT_CONFIG")
-        return Coordinator.from_config(config or named or DEFAULT_FILE)
-    if config is not None:
-        raise ConfigurationError("both --app and a configuration file are named: give one of them")
-    module_name, colon, attribute = application.partition(":")
-    if not (module_name and colon and attribute):
-        raise ConfigurationError(f"--app {application}: write it as shop.db:coordinator")
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        found: object = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigurationError(
-            f"--app {application}: {error}; name a module that can be imported from "
-            f"{Path.cwd()} and the coordinator in it"
-        ) from error
-    if not isinstance(found, Coordinator):
-        raise ConfigurationError(
-            f"--app {application} is a {type(found).__name__}: name a Coordinator object"
-        )
-    return found
 
 
 def run(coordinator: Coordinator, *, dry_run: bool, wait: float, as_json: bool) -> int:

@@ -27,6 +27,7 @@ from coordinator.model import (
     Decision,
     EndingKind,
     LogId,
+    MemberId,
     TransactionId,
     Verdict,
 )
@@ -104,11 +105,13 @@ class Reading(msgspec.Struct, frozen=True):
 class Attempt(msgspec.Struct, frozen=True):
     """The current attempt under a key: who else comes waits for it as long as its owner may take.
 
-    `timeout_ms` is the time that its owner gave it, counted from the time in its id.
+    `timeout_ms` is the time that its owner gave it, counted from the time in its id. When `member`,
+    its owner, is dead nobody needs to wait.
     """
 
     transaction: TransactionId
     timeout_ms: int
+    member: MemberId
 
 
 class KeyState(msgspec.Struct, frozen=True):

@@ -9,6 +9,7 @@ import secrets
 import time
 from collections.abc import Sequence
 
+from coordinator.config import Settings
 from coordinator.errors import LogUnavailable
 from coordinator.log.base import (
     Answer,
@@ -24,6 +25,7 @@ from coordinator.log.base import (
 )
 from coordinator.log.register import Register
 from coordinator.model import Claim, LogId, TransactionId, Verdict
+from coordinator.participant import Finding, Level, LogCheck
 
 
 def new_register() -> Register:
@@ -47,6 +49,12 @@ class MemoryLog:
 
     async def close(self) -> None:
         self._open = False
+
+    async def check(self, settings: Settings) -> LogCheck:
+        """There is nothing to look at, and one thing to say."""
+        message = "it is in memory: nothing survives the process, and branches in doubt stay so"
+        fix = "for more than trials name a file: sqlite:///syncpoint.db"
+        return LogCheck(None, [Finding("place", Level.NOTE, message, fix)])
 
     async def propose(self, proposal: Proposal) -> Answer:
         return self._ready().propose(proposal)

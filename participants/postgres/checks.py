@@ -8,7 +8,6 @@ from coordinator.errors import ConfigurationError
 from participants.postgres.connection import Configure, ServerConnection
 from participants.postgres.location import Location
 from participants.postgres.replies import DatabaseUnavailable
-from participants.postgres.statements import Greeting
 
 VERSION_MIN = 130000
 
@@ -16,9 +15,14 @@ _REFUSALS = {
     "password authentication failed": "correct the user or the password in the url",
     "no password supplied": "put a password into the url, or use PGPASSFILE",
     "no pg_hba.conf entry": "allow this host, user and database in the server's pg_hba.conf",
-    "role": "create the role, or correct the user in the url",
+    "role": "create the role with what `syncpoint check --role-sql` prints, or correct the user "
+    "in the url",
     "database": "create it with CREATE DATABASE, or correct the url",
     "too many": "raise max_connections, or lower pool_size",
+    "sorry, too many clients": "raise max_connections, or lower pool_size",
+    "remaining connection slots": "raise max_connections, or lower pool_size",
+    "permission denied for database": "run what `syncpoint check --role-sql` prints",
+    "the database system is": "wait until it accepts connections, then try again",
 }
 
 
@@ -32,41 +36,54 @@ async def connect_checked(
     try:
         session = await ServerConnection.open(location.conninfo, configure)
     except psycopg.Error as error:
-        raise ConfigurationError(_unreachable(name, location, str(error))) from error
+        wrong, fix = refusal(location, str(error))
+        raise ConfigurationError(f"participant {name!r} {wrong}. Fix: {fix}") from error
     except DatabaseUnavailable as error:
         raise ConfigurationError(f"participant {name!r} at {location}: {error}") from error
-    problem = _problem(session.greeting, session.pgconn.server_version)
-    if problem:
+    greeting = session.greeting
+    problem = unfit(
+        session.pgconn.server_version, greeting.in_recovery, greeting.max_prepared_transactions
+    )
+    if problem is not None:
         session.close()
-        raise ConfigurationError(f"participant {name!r} at {location}: {problem}")
+        _, wrong, fix = problem
+        raise ConfigurationError(f"participant {name!r} at {location}: {wrong}. Fix: {fix}")
     return session
 
 
-def _unreachable(name: str, location: Location, message: str) -> str:
+def refusal(location: Location, message: str) -> tuple[str, str]:
+    """What a failed connection means, and the fix; `message` is libpq's."""
     said = location.for_people(message.removeprefix("connection failed: "))
     reason = said.partition("FATAL:")[2].strip()
-    for start, fix in _REFUSALS.items():
-        if start in reason.partition('"')[0]:
-            return f"participant {name!r} is refused by {location}: {reason}. Fix: {fix}"
-    if reason:
-        return f"participant {name!r} is refused by {location}: {reason}"
-    return (
-        f"participant {name!r} cannot be reached at {location}: {said}. Start the server, or "
-        "correct the url"
-    )
+    if not reason:
+        return f"cannot be reached at {location}: {said}", "start the server, or correct the url"
+    unquoted = reason.partition('"')[0]
+    fixes = (fix for start, fix in _REFUSALS.items() if start in unquoted)
+    return f"is refused by {location}: {reason}", next(fixes, "see the log of the server")
 
 
-def _problem(greeting: Greeting, version: int) -> str:
+def unfit(version: int, in_recovery: bool, slots: int) -> tuple[str, str, str] | None:
+    """Why nothing can be prepared on a server: subject, what is wrong, and the fix; None if it can.
+
+    `version` as libpq tells it, `slots` is max_prepared_transactions.
+    """
     if version < VERSION_MIN:
-        return f"PostgreSQL {version // 10000} is too old: 13 or newer is needed"
-    if greeting.in_recovery:
         return (
-            "the server is a standby, where nothing can be prepared. Name the primary in the url; "
-            "with several hosts add target_session_attrs=read-write"
+            "version",
+            f"PostgreSQL {version // 10000} is too old: 13 or newer is needed",
+            "upgrade the server",
         )
-    if greeting.max_prepared_transactions == 0:
+    if in_recovery:
         return (
-            "max_prepared_transactions is 0, so that nothing can be prepared. Fix: ALTER SYSTEM "
-            "SET max_prepared_transactions = 64; then restart the server (a reload is not enough)"
+            "primary",
+            "the server is a standby, where nothing can be prepared",
+            "name the primary in the url; with several hosts add target_session_attrs=read-write",
         )
-    return ""
+    if slots == 0:
+        return (
+            "slots",
+            "max_prepared_transactions is 0, so that nothing can be prepared",
+            "ALTER SYSTEM SET max_prepared_transactions = 64; then restart the server (a reload "
+            "is not enough), its standbys first",
+        )
+    return None

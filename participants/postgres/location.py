@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict, make_conninfo
+from psycopg.pq import Conninfo
 
 from coordinator.errors import ConfigurationError, one_line
 
@@ -58,6 +60,14 @@ class Location:
         self._host = str(given.get("host") or given.get("hostaddr") or os.environ.get("PGHOST", ""))
         self._port = str(given.get("port") or os.environ.get("PGPORT", "5432"))
         self._database = str(given.get("dbname") or os.environ.get("PGDATABASE", ""))
+
+    @classmethod
+    def of_parameters(cls, name: str, parameters: Mapping[str, object]) -> Location:
+        """The location that parameters of a connection name; what libpq lacks is left out."""
+        known = {option.keyword.decode() for option in Conninfo.get_defaults()}
+        given: dict[str, Any] = {"application_name": _DEFAULTS["application_name"]}
+        given |= {key: value for key, value in parameters.items() if key in known}
+        return cls(name, make_conninfo("", **given))
 
     def for_people(self, message: str) -> str:
         """The message in one line, and without the password should it be quoted there."""

@@ -7,53 +7,53 @@ PostgreSQL's documentation of PREPARE TRANSACTION are the sources.
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Collection, Generator
+import os
+from collections.abc import Collection, Sequence
 from contextlib import suppress
-from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psycopg
 
-from coordinator.errors import (
-    ConfigurationError,
-    ProtocolError,
-    TransactionAborted,
-    TransactionError,
-)
+from coordinator.config import Settings
+from coordinator.context import required
+from coordinator.errors import ConfigurationError, ProtocolError
 from coordinator.model import (
     FINISHED,
     Branch,
-    BranchId,
     Ending,
+    LogId,
     Verdict,
     Vote,
     VoteKind,
     Xid,
 )
-from coordinator.participant import Binding
-from coordinator.transactional import GlobalTransaction, current
-from participants.postgres.checks import connect_checked
-from participants.postgres.connection import Configure, ServerConnection
-from participants.postgres.finishing import Finisher
-from participants.postgres.lease import Lease
-from participants.postgres.location import Location, check_name
-from participants.postgres.pool import Pool
-from participants.postgres.replies import DatabaseUnavailable
-from participants.postgres.statements import Begin, Greeting
-from participants.postgres.work import Work
+from coordinator.participant import Binding, Finding
+from participants.postgres.blocking import BlockingPostgreSQL
+from participants.postgres.connection import Configure
+from participants.postgres.enlisting import Enlisting
+from participants.postgres.guest import driver_of, refused
+from participants.postgres.inspection import inspect, role_sql
+from participants.postgres.location import check_name
+from participants.postgres.opened import Opened
+from participants.postgres.sources import source_of
+from participants.postgres.statements import Begin
 
-logger = logging.getLogger("syncpoint.postgres")
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+    from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 
-FINISHING_CONNECTIONS = 4
 POOL_SIZE_MAX = 1000
-IN_DOUBT_MAX = 10_000
+
+_of_parents: list[Opened] = []
+"""What was open when this process was forked. It is never touched again, nor deleted: its sockets
+are the parent's."""
 
 
 class PostgreSQL:
-    """The database at `url`, a libpq connection string, under a name for people and records.
+    """A database under a name for people and records.
 
+    `url` is a libpq connection string, or a SQLAlchemy engine on psycopg, whose arguments, events
+    and dialect are then used, though not its pool.
     `pool_size` bounds the transactions that work here at a time; four more connections are used to
     end branches. `lock_timeout` and `statement_timeout` bound each statement of a transaction, in
     seconds. `configure` is awaited once with each new `psycopg.AsyncConnection`: adapters and row
@@ -64,7 +64,7 @@ class PostgreSQL:
     def __init__(
         self,
         name: str,
-        url: str,
+        url: str | Engine | AsyncEngine,
         *,
         pool_size: int = 10,
         lock_timeout: float | None = None,
@@ -72,7 +72,8 @@ class PostgreSQL:
         configure: Configure | None = None,
     ) -> None:
         self._name = check_name(name)
-        self._location = Location(name, url)
+        self._source = source_of(name, url, configure)
+        self._location = self._source.location
         if not isinstance(pool_size, int) or not 1 <= pool_size <= POOL_SIZE_MAX:
             raise ConfigurationError(
                 f"participant {name!r}: pool_size is 1 to {POOL_SIZE_MAX} connections, "
@@ -83,14 +84,26 @@ class PostgreSQL:
             _milliseconds(name, "lock_timeout", lock_timeout),
             _milliseconds(name, "statement_timeout", statement_timeout),
         )
-        self._configure = configure
-        self._open: _Open | None = None
+        self._open: Opened | None = None
+        self.blocking = BlockingPostgreSQL(self)
+        """The same verbs for synchronous callers."""
 
     @property
     def name(self) -> str:
         return self._name
 
-    def connection(self) -> Enlisting:
+    @property
+    def pool_size(self) -> int:
+        """How many connections there are at most for transactions."""
+        return self._pool_size
+
+    @property
+    def at_once(self) -> int:
+        """See `Bounded`: every transaction needs a connection here, and then a prepared slot."""
+        opened = self._open
+        return self._pool_size if opened is None else min(self._pool_size, opened.slots.share)
+
+    def connection(self) -> Enlisting[psycopg.AsyncConnection[Any]]:
         """The running transaction's connection here: `await` it, or use it with `async with`.
 
         The first call enlists this database and sends BEGIN; later ones, and other tasks of the
@@ -98,11 +111,39 @@ class PostgreSQL:
         `TransactionError` outside a transaction, `TransactionAborted` (retryable) when no
         connection can be had before the deadline.
         """
-        return Enlisting(self)
+        return Enlisting(self._connection)
+
+    def session(self) -> Enlisting[AsyncSession]:
+        """The same as a SQLAlchemy session, over the same connection: one for the transaction.
+
+        It is flushed before the commit. Raises as `connection` does, and `ConfigurationError`
+        without SQLAlchemy.
+        """
+        return Enlisting(self._session)
+
+    async def enlist(self, made_elsewhere: Any) -> None:
+        """Take part with a connection or session that was made elsewhere and is at rest.
+
+        It may be an asynchronous one of psycopg or of SQLAlchemy. It is the running transaction's
+        only connection here, and its owner's again at the end. Repeating it changes nothing. Raises
+        `TransactionError` and `ConfigurationError` saying why it cannot take part, and the fix.
+        """
+        transaction = required(f"{self._name}.enlist()", blocking=False)
+        opened = self._opened()
+        async with driver_of(made_elsewhere, transaction) as (raw, owner):
+            if opened.is_enlisted(transaction, raw):
+                return
+            if raw.lock.locked():
+                raise refused(self._name, "a statement is running on it", "Wait for its end first")
+            async with raw.lock:
+                await opened.enlist(transaction, raw, owner)
 
     async def open(self, binding: Binding) -> str:
         """Connect, check the server's settings, and return its identity."""
-        if self._open is not None and self._open.loop.is_closed():
+        opened = self._open
+        if opened is not None and opened.process != os.getpid():
+            await self.close()
+        elif opened is not None and opened.loop.is_closed():
             with suppress(RuntimeError):  # its loop ended without closing the coordinator
                 await self.close()
         if self._open is not None:
@@ -110,17 +151,19 @@ class PostgreSQL:
                 f"participant {self._name!r} is open already, for cluster "
                 f"{self._open.binding.cluster!r}: give each coordinator a participant of its own"
             )
-        first = await connect_checked(self._name, self._location, self._configure)
-        greeting = first.greeting
-        self._open = _Open(self, binding, greeting)
-        self._open.pool.adopt(first)
-        return f"postgresql:{greeting.system_identifier}:{greeting.database}"
+        first = await self._source.first(self._name)
+        self._open = Opened(self, binding, self._source, self._begin, first)
+        return f"postgresql:{first.greeting.system_identifier}:{first.greeting.database}"
 
     async def close(self) -> None:
         """Close every connection; open work is rolled back, prepared branches stay prepared."""
         opened, self._open = self._open, None
-        if opened is not None:
+        if opened is None:
+            return
+        if opened.process == os.getpid():
             opened.close()
+        else:
+            _of_parents.append(opened)
 
     async def prepare(self, xid: Xid) -> Vote:
         """See `Participant.prepare`. The vote's reason is for the caller, with the SQLSTATE."""
@@ -131,12 +174,14 @@ class PostgreSQL:
             return Vote(VoteKind.ABORTED, reason=reason)
         async with work.lock:
             try:
-                vote = await work.prepare()
+                vote = await work.prepare(opened.slots)
             except BaseException:
                 opened.drop(work)
                 raise
             if vote.kind is not VoteKind.READ_ONLY:
                 opened.drop(work)
+            if vote.kind is VoteKind.ABORTED:
+                opened.slots.give(xid.branch)
             return vote
 
     async def commit(self, branch: Branch) -> Ending:
@@ -153,7 +198,7 @@ class PostgreSQL:
                     finally:
                         opened.drop(work)
         ending = await opened.finisher.commit(branch)
-        opened.in_doubt.pop(branch.id, None)
+        opened.forget(branch.id)
         return ending
 
     async def commit_one_phase(self, branch: Branch) -> tuple[Verdict, str, bool]:
@@ -181,7 +226,7 @@ class PostgreSQL:
                     finally:
                         opened.drop(work)
         ending = await opened.finisher.roll_back(branch, opened.in_doubt.get(branch.id))
-        opened.in_doubt.pop(branch.id, None)
+        opened.forget(branch.id)
         return ending
 
     async def recover(self) -> Collection[Branch]:
@@ -193,179 +238,36 @@ class PostgreSQL:
         state = "open" if self._open is not None else "closed"
         return f"<PostgreSQL {self._name!r} {self._location} {state}>"
 
-    def _opened(self) -> _Open:
+    async def check(self, log: LogId | None, settings: Settings) -> Sequence[Finding]:
+        """See `Checkable.check`."""
+        return await inspect(self._location, self._pool_size, self._begin, log, settings)
+
+    def role_sql(self) -> str:
+        """See `Checkable.role_sql`."""
+        return role_sql(self._name, self._location)
+
+    async def _connection(self) -> psycopg.AsyncConnection[Any]:
+        transaction = required(f"{self._name}.connection()", blocking=False)
+        lease = await self._opened().lease(transaction)
+        assert isinstance(lease, psycopg.AsyncConnection)
+        return lease
+
+    async def _session(self) -> AsyncSession:
+        transaction = required(f"{self._name}.session()", blocking=False)
+        return await self._opened().session(transaction)
+
+    def _opened(self) -> Opened:
         if self._open is None:
             raise ConfigurationError(
                 f"participant {self._name!r} is not open: name it in Coordinator(participants="
                 "[...]), and work inside `async with coordinator`"
             )
+        if self._open.process != os.getpid():
+            raise ConfigurationError(
+                f"participant {self._name!r} was opened before a fork: the child process must open "
+                "a coordinator of its own"
+            )
         return self._open
-
-
-class Enlisting:
-    """What `connection()` returns: awaitable, and an asynchronous context manager."""
-
-    __slots__ = ("_participant",)
-
-    def __init__(self, participant: PostgreSQL) -> None:
-        self._participant = participant
-
-    def __await__(self) -> Generator[Any, Any, psycopg.AsyncConnection[Any]]:
-        return self._lease().__await__()
-
-    async def __aenter__(self) -> psycopg.AsyncConnection[Any]:
-        return await self._lease()
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """The transaction goes on."""
-
-    async def _lease(self) -> psycopg.AsyncConnection[Any]:
-        transaction = current()
-        if transaction is None:
-            raise TransactionError(
-                f"{self._participant.name}.connection() was called outside a transaction: call it "
-                "in a function decorated with @coordinator.transactional, or inside `async with "
-                "coordinator.transaction()`"
-            )
-        return await self._participant._opened().lease(transaction)
-
-
-class _Entry:
-    """What a running transaction has here; `lock` lets one task open it while others wait."""
-
-    __slots__ = ("lock", "work")
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.work: Work | None = None
-
-
-class _Open:
-    """Everything that lives from `open` to `close`, on one event loop."""
-
-    def __init__(self, participant: PostgreSQL, binding: Binding, greeting: Greeting) -> None:
-        self.binding = binding
-        self.loop = asyncio.get_running_loop()
-        self.by_branch: dict[BranchId, Work] = {}
-        self.in_doubt: dict[BranchId, int] = {}
-        self.pool = Pool(self._connect, participant._pool_size)
-        self.finisher = Finisher(
-            participant.name, self.pool, Pool(self._connect, FINISHING_CONNECTIONS)
-        )
-        self._participant = participant
-        self._name = participant.name
-        self._greeting = greeting
-        # Keyed by the object: asking a transaction for its id makes its commit a recorded one.
-        self._entries: dict[GlobalTransaction, _Entry] = {}
-        self._transactions: dict[BranchId, GlobalTransaction] = {}
-
-    async def lease(self, transaction: GlobalTransaction) -> Lease[Any]:
-        """The transaction's lease, opened at its first use here."""
-        entry = self._entries.get(transaction)
-        if entry is not None and entry.work is not None and entry.work.lease is not None:
-            return entry.work.lease
-        if transaction.log_id != self.binding.log:
-            raise ConfigurationError(
-                f"{self._name} was opened by another coordinator than the one whose transaction "
-                "runs here: one coordinator must have both"
-            )
-        if entry is None:
-            entry = self._entries[transaction] = _Entry()
-        async with entry.lock:
-            if entry.work is not None and entry.work.lease is not None:
-                return entry.work.lease
-            try:
-                return await self._begin(transaction, entry)
-            finally:
-                if entry.work is None:
-                    self._entries.pop(transaction, None)
-
-    async def _begin(self, transaction: GlobalTransaction, entry: _Entry) -> Lease[Any]:
-        try:
-            session = await self._acquire(transaction)
-            if entry.work is None:
-                entry.work = await self._enlist(transaction, session)
-            return await entry.work.begin(session, self._participant._begin)
-        except (psycopg.Error, DatabaseUnavailable) as error:
-            where = self._participant._location
-            raise TransactionAborted(
-                f"{self._name} cannot be reached at {where}: {where.for_people(str(error))}",
-                retryable=True,
-            ) from error
-
-    async def _acquire(self, transaction: GlobalTransaction) -> ServerConnection:
-        try:
-            return await self.pool.acquire(transaction.deadline)
-        except TimeoutError as error:
-            raise TransactionAborted(
-                f"no connection to {self._name} came free before the deadline; all "
-                f"{self.pool.size} are held by {self._holders()}: make those transactions shorter, "
-                "or raise pool_size",
-                retryable=True,
-            ) from error
-
-    async def _enlist(self, transaction: GlobalTransaction, session: ServerConnection) -> Work:
-        try:
-            xid = await transaction.enlist(self._participant, one_phase=True)
-            if transaction.is_over:
-                raise TransactionError(f"{self._name}: the transaction of {xid} is over")
-        except BaseException:
-            self.pool.release(session)
-            raise
-        work = Work(self._name, self.pool, xid, transaction.deadline)
-        self.by_branch[xid.branch] = work
-        self._transactions[xid.branch] = transaction
-        return work
-
-    def drop(self, work: Work) -> None:
-        """The branch is no longer open here; what may be prepared all the same is remembered."""
-        branch = work.xid.branch
-        self.by_branch.pop(branch, None)
-        transaction = self._transactions.pop(branch, None)
-        if transaction is not None:
-            self._entries.pop(transaction, None)
-        if work.in_doubt is not None:
-            self.in_doubt[branch] = work.in_doubt
-            if len(self.in_doubt) > IN_DOUBT_MAX:
-                del self.in_doubt[next(iter(self.in_doubt))]
-
-    def close(self) -> None:
-        for work in list(self.by_branch.values()):
-            work.lose(f"{self._name} was closed")
-            self.drop(work)
-        self.pool.close()
-        self.finisher.close()
-
-    async def _connect(self) -> ServerConnection:
-        """A connection to the server that was opened, and to no other one.
-
-        Raises `psycopg.Error`, `DatabaseUnavailable` and `ConfigurationError`.
-        """
-        session = await ServerConnection.open(
-            self._participant._location.conninfo, self._participant._configure
-        )
-        found = session.greeting
-        if found.system_identifier != self._greeting.system_identifier:
-            session.close()
-            raise ConfigurationError(
-                f"{self._name} leads to another PostgreSQL cluster than when it was opened (system "
-                f"identifier {found.system_identifier}, not {self._greeting.system_identifier}): "
-                "point its url back, or restart"
-            )
-        if found.in_recovery:
-            session.close()
-            raise DatabaseUnavailable(f"{self._name} is a standby just now: waiting for a primary")
-        return session
-
-    def _holders(self) -> str:
-        ids = [work.xid.transaction for work in self.by_branch.values() if work.lease is not None]
-        shown = ", ".join(ids[:3])
-        return f"{shown} and {len(ids) - 3} more" if len(ids) > 3 else shown or "others"
 
 
 def _milliseconds(name: str, what: str, seconds: float | None) -> int | None:

@@ -16,22 +16,31 @@ Open = Callable[[], Awaitable[ServerConnection]]
 
 
 class Pool:
-    """At most `size` connections at a time, on one event loop."""
+    """At most `size` connections at a time, on one event loop, and those for nested work."""
+
+    login_role = b"RESET ROLE"
 
     def __init__(self, open_connection: Open, size: int) -> None:
         self.size = size
         self._open_connection = open_connection
         self._idle: list[ServerConnection] = []
         self._slots = size
+        self._beyond: set[ServerConnection] = set()
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._closed = False
 
-    async def acquire(self, until: float) -> ServerConnection:
+    async def acquire(self, until: float, *, nested: bool = False) -> ServerConnection:
         """An idle connection, which may turn out to be dead, or a new one.
 
         Raises `TimeoutError` when none was free `until` then, in seconds of the loop's clock, and
-        what opening one raises.
+        what opening one raises. A `nested` one never waits for others, who may wait for its caller:
+        if need be it is one beyond the size, and closed when it is released.
         """
+        if nested and self._must_queue and not self._closed:
+            async with asyncio.timeout_at(until):
+                connection = await self._open_connection()
+            self._beyond.add(connection)
+            return connection
         async with asyncio.timeout_at(until) if self._must_wait else _NO_TIMEOUT:
             await self._take_slot()
             try:
@@ -58,7 +67,11 @@ class Pool:
         """
         dead.close()
         self._close_idle()
-        return await self._open_connection()
+        fresh = await self._open_connection()
+        if dead in self._beyond:
+            self._beyond.remove(dead)
+            self._beyond.add(fresh)
+        return fresh
 
     def release(self, connection: ServerConnection) -> None:
         """Give it back: it is kept if it is clean, else closed.
@@ -67,6 +80,10 @@ class Pool:
         """
         if connection.found_dead:
             self._close_idle()
+        if connection in self._beyond:
+            self._beyond.remove(connection)
+            connection.close()
+            return
         if connection.is_clean and not self._closed:
             self._idle.append(connection)
         else:
@@ -86,6 +103,10 @@ class Pool:
     def _must_wait(self) -> bool:
         return not (self._idle and self._slots)
 
+    @property
+    def _must_queue(self) -> bool:
+        return not self._slots or bool(self._waiters)
+
     def _close_idle(self) -> None:
         while self._idle:
             self._idle.pop().close()
@@ -93,7 +114,7 @@ class Pool:
     async def _take_slot(self) -> None:
         if self._closed:
             raise TimeoutError("the pool is closed")
-        if self._slots and not self._waiters:
+        if not self._must_queue:
             self._slots -= 1
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()

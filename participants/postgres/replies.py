@@ -58,6 +58,7 @@ class Meaning(StrEnum):
 
 PREPARED_TAG = "PREPARE TRANSACTION"
 UNDEFINED_OBJECT = "42704"
+IN_FAILED_TRANSACTION = "25P02"
 DUPLICATE_OBJECT = "42710"
 _SHUTDOWN = {"57P01", "57P02", "57P03"}
 _WARNING = "01000"
@@ -70,6 +71,13 @@ _RETRYABLE = {
 }  # fmt: skip
 # Privileges, the wrong database, a refused login: only a person can change them.
 _CONFIGURATION = {"42501", "0A000", "3D000"}
+# How a server words a refusal at login that lasts until a person acts. libpq passes the text on,
+# and no SQLSTATE; in another language it is read as an outage, which is tried again just the same.
+_REFUSALS = (
+    "password authentication failed", "no pg_hba.conf entry", "pg_hba.conf rejects", "role ",
+    "database ", "permission denied",
+)  # fmt: skip
+_NOT_YET = "is not currently accepting connections"
 
 
 def is_retryable(sqlstate: str) -> bool:
@@ -80,6 +88,12 @@ def is_retryable(sqlstate: str) -> bool:
 def is_configuration(sqlstate: str) -> bool:
     """Whether only a person can make the statement succeed."""
     return sqlstate in _CONFIGURATION or sqlstate.startswith("28")
+
+
+def is_refusal(message: str) -> bool:
+    """Whether a failed login says that only a person can make the next one succeed."""
+    _, fatal, reason = message.partition("FATAL:")
+    return bool(fatal) and reason.strip().startswith(_REFUSALS) and _NOT_YET not in reason
 
 
 def is_replication_warning(sqlstate: str, source_function: str) -> bool:

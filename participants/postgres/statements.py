@@ -25,13 +25,18 @@ SELECT pg_is_in_recovery(),
 """
 
 # Whether the branch is still the one that was begun, and whether it wrote anything. A serializable
-# one counts as a writer: its reads alone can make its commit fail.
+# one counts as a writer: its reads alone can make its commit fail. PREPARE makes the current role
+# the owner of the branch, and nobody else can end it: is it the one that logged in?
 EXAMINE = b"""
 SELECT current_setting('syncpoint.branch', true),
        CASE WHEN current_setting('transaction_isolation') = 'serializable'
             THEN pg_current_xact_id() ELSE pg_current_xact_id_if_assigned() END,
-       current_setting('synchronous_commit')
+       current_setting('synchronous_commit'),
+       current_user = session_user
 """
+
+# What a role was taken for, such as row security, is done with before it is laid down.
+SETTLE = b"SET CONSTRAINTS ALL IMMEDIATE; "
 
 COMMIT = b"COMMIT"
 ROLLBACK = b"ROLLBACK"
@@ -71,14 +76,16 @@ class Examination(msgspec.Struct, frozen=True):
     marker: str
     xid8: int | None
     replicated: bool
+    login_role: bool
 
     @classmethod
     def read(cls, reply: Reply) -> Examination:
-        marker, xid8, synchronous = reply.rows[0]
+        marker, xid8, synchronous, login_role = reply.rows[0]
         return cls(
             marker=marker or "",
             xid8=None if xid8 is None else int(xid8),
             replicated=synchronous in REPLICATED,
+            login_role=login_role == "t",
         )
 
 

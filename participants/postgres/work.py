@@ -8,17 +8,18 @@ session goes back to its pool clean, or is closed.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import Any, Protocol
 
 from psycopg.pq import TransactionStatus
 
 from coordinator.errors import ProtocolError, TransactionAborted, TransactionError
 from coordinator.model import FINISHED, Ending, EndingKind, Verdict, Vote, VoteKind, Xid
 from participants.postgres import psycopg_private, statements
+from participants.postgres.blocking_lease import BlockingLease
 from participants.postgres.connection import ANSWER_SECONDS_MAX, ServerConnection
 from participants.postgres.finishing import Finisher
 from participants.postgres.lease import Lease
-from participants.postgres.pool import Pool
+from participants.postgres.leased import Terms
 from participants.postgres.replies import (
     DatabaseUnavailable,
     Fate,
@@ -28,6 +29,7 @@ from participants.postgres.replies import (
     read_commit,
     read_prepare,
 )
+from participants.postgres.slots import Slots
 from participants.postgres.statements import Examination, Greeting, Token
 
 RAW_COMMIT = (
@@ -49,23 +51,43 @@ class Refused(Exception):
         self.vote = Vote(VoteKind.ABORTED, reason=reason, retryable=retryable)
 
 
-class Work:
-    """An open branch on one event loop. `lock` lets one end of it happen at a time."""
+AnyLease = Lease[Any] | BlockingLease[Any]
 
-    def __init__(self, name: str, pool: Pool, xid: Xid, deadline: float) -> None:
+
+class Home(Protocol):
+    """Where a session belongs: a pool, or the user who has enlisted it."""
+
+    login_role: bytes
+    """The statement that makes the session's login role the current one again."""
+
+    def release(self, session: ServerConnection, /) -> None:
+        """Take it back, in whatever state it is."""
+
+    async def replace(self, session: ServerConnection, /) -> ServerConnection:
+        """A new one for one that was found dead, or raise; the dead one is then to be released."""
+
+
+class Work:
+    """An open branch on one event loop. `lock` lets one end of it happen at a time.
+
+    `kind` is the face on which the session is lent, under `terms`.
+    """
+
+    def __init__(self, home: Home, xid: Xid, terms: Terms, kind: type[AnyLease]) -> None:
         self.xid = xid
         self.lock = asyncio.Lock()
-        self.lease: Lease[Any] | None = None
+        self.lease: AnyLease | None = None
         self.is_read_only = False
         self.in_doubt: int | None = None
-        self._name = name
-        self._pool = pool
-        self._deadline = deadline
+        self.home = home
+        self._name = terms.participant
+        self._terms = terms
+        self._kind = kind
         self._session: ServerConnection | None = None
         self._begin_failed = ""
         self._ended = False
 
-    async def begin(self, session: ServerConnection, begin: statements.Begin) -> Lease[Any]:
+    async def begin(self, session: ServerConnection, begin: statements.Begin) -> AnyLease:
         """Send BEGIN and lend the session; a session found dead is replaced once.
 
         Takes the session over, whatever it raises: `TransactionAborted` with the server's answer,
@@ -74,18 +96,16 @@ class Work:
         async with self.lock:
             return await self._begin(session, begin)
 
-    async def _begin(self, session: ServerConnection, begin: statements.Begin) -> Lease[Any]:
-        if self._ended:
-            self._pool.release(session)
-            raise TransactionError(f"{self._name}: {OVER}")
+    async def _begin(self, session: ServerConnection, begin: statements.Begin) -> AnyLease:
         self._session = session
+        self._refuse_if_ended()
         reply = await self._ask_to_begin(session, begin)
         if not reply.connected:
             self._session = None
             try:
-                fresh = await self._pool.replace(session)
+                fresh = await self.home.replace(session)
             except BaseException:
-                self._pool.release(session)
+                self.home.release(session)
                 raise
             self._session = fresh
             reply = await self._ask_to_begin(fresh, begin)
@@ -96,13 +116,20 @@ class Work:
                 self._begin_failed,
                 retryable=not reply.connected or is_retryable(reply.sqlstate),
             )
-        self.lease = Lease(self._session, self._name, self._deadline)
+        self._refuse_if_ended()  # while it began
+        self.lease = self._kind(self._session, self._terms)
         return self.lease
 
-    async def prepare(self) -> Vote:
+    def _refuse_if_ended(self) -> None:
+        if self._ended:
+            self._give_back()
+            raise TransactionError(f"{self._name}: {OVER}")
+
+    async def prepare(self, slots: Slots) -> Vote:
         """PREPARE TRANSACTION, or READ_ONLY with the branch still open.
 
-        Raises `DatabaseUnavailable` when the answer was lost; `in_doubt` is then the branch's xid8.
+        A slot is taken for it; who ends the branch gives it back. Raises `DatabaseUnavailable` when
+        the answer was lost; `in_doubt` is then the branch's xid8.
         """
         try:
             session, found = await self._examine()
@@ -112,6 +139,14 @@ class Work:
         if found.xid8 is None:
             self.is_read_only = True
             return Vote(VoteKind.READ_ONLY, token)
+        try:
+            await slots.take(self.xid.branch, self._terms.waits_end)
+        except TimeoutError as error:
+            await self._leave(session)
+            return Vote(VoteKind.ABORTED, reason=f"{self._name}: {error}", retryable=True)
+        except BaseException:
+            await self._leave(session)
+            raise
         self.in_doubt = found.xid8
         try:
             reply = await session.ask(statements.prepare(self.xid), self._patience)
@@ -179,18 +214,16 @@ class Work:
         self._give_back()
 
     @property
-    def _seconds_left(self) -> float:
-        return self._deadline - asyncio.get_running_loop().time()
-
-    @property
     def _patience(self) -> float:
         """How long a commit or prepare may take, in seconds: the deadline ends it elsewhere."""
-        return max(self._seconds_left + 1.0, ANSWER_SECONDS_MAX)
+        return max(self._terms.seconds_left + 1.0, ANSWER_SECONDS_MAX)
 
     async def _ask_to_begin(self, session: ServerConnection, begin: statements.Begin) -> Reply:
         try:
-            idle_limit_ms = int((max(self._seconds_left, 0.0) + IDLE_GRACE_SECONDS) * 1000)
-            return await session.ask(begin.statement(self.xid, session.greeting, idle_limit_ms))
+            idle_limit_ms = int((max(self._terms.seconds_left, 0.0) + IDLE_GRACE_SECONDS) * 1000)
+            statement = begin.statement(self.xid, session.greeting, idle_limit_ms)
+            modes = psycopg_private.begin_statement(session.raw)
+            return await session.ask(statement.replace(b"BEGIN", modes, 1))
         except BaseException:
             self._give_back()
             raise
@@ -211,6 +244,8 @@ class Work:
             )
         try:
             status = session.pgconn.transaction_status
+            if lease.condemned:
+                raise Refused(lease.condemned, retryable=lease.failure_is_retryable)
             if status == TransactionStatus.INERROR:
                 raise Refused(
                     f"a statement on {self._name} failed and the error was swallowed: "
@@ -219,7 +254,7 @@ class Work:
                 )
             if status == TransactionStatus.IDLE:
                 raise Refused(RAW_COMMIT.format(name=self._name))
-            reply = await session.ask(statements.EXAMINE, max(self._seconds_left, 1.0))
+            reply = await session.ask(statements.EXAMINE, max(self._terms.seconds_left, 1.0))
             if not reply.succeeded:
                 raise Refused(
                     f"{self._name} was lost before it prepared: {reply}",
@@ -228,6 +263,13 @@ class Work:
             found = Examination.read(reply)
             if found.marker != str(self.xid):
                 raise Refused(RAW_COMMIT.format(name=self._name))
+            if not found.login_role:
+                reply = await session.ask(statements.SETTLE + self.home.login_role, self._patience)
+                if not reply.succeeded:
+                    raise Refused(
+                        f"{self._name}: {reply}",
+                        retryable=not reply.connected or is_retryable(reply.sqlstate),
+                    )
             if not found.replicated:
                 await session.ask(statements.REPLICATE)
             self._session = session
@@ -269,17 +311,18 @@ class Work:
         session, lease = self._session, self.lease
         if session is None or lease is None:
             return None
-        if lease.is_busy and not lease.is_lost:
+        if lease.end(OVER):
+            return session
+        if lease.is_lost:
+            lease.lose("the connection was lost")
+        else:
             lease.failure = (
-                f"a statement was still running on {self._name} when its transaction ended: "
-                "await every task that uses the connection before the function returns"
+                f"a statement was still running on {self._name} when its transaction ended: wait "
+                "for every task and thread that uses the connection before the function returns"
             )
             lease.lose("a statement was still running on it when its transaction ended")
-        lease.end(OVER)
-        if lease.is_lost:
-            self._give_back()
-            return None
-        return session
+        self._give_back()
+        return None
 
     async def _leave(self, session: ServerConnection) -> None:
         """Bring the session back to rest and give it back; it is closed if that fails."""
@@ -295,7 +338,7 @@ class Work:
     def _give_back(self) -> None:
         session, self._session = self._session, None
         if session is not None:
-            self._pool.release(session)
+            self.home.release(session)
 
 
 def _token(found: Examination, greeting: Greeting) -> bytes:

@@ -18,7 +18,7 @@ from coordinator.log.base import (
     Record,
 )
 from coordinator.model import ABORT, EndingKind, TransactionId, Verdict, id_floor, id_time_ms
-from tests.conformance.log_suite import KEY, Place, check, finish_all, stands
+from tests.conformance.log_suite import KEY, MEMBER, Place, check, finish_all, stands
 
 REGISTERED_MS = 1_000
 
@@ -239,7 +239,7 @@ async def reopening_keeps_everything(place: Place) -> None:
     identity = place.identity
     transaction, pending = place.draw(), place.draw()
     decision = place.commit(transaction, "orders")
-    attempt = Attempt(transaction, 10_000)
+    attempt = Attempt(transaction, 10_000, MEMBER)
     await log.name_attempt(KEY, attempt, None)
     record = stands(await log.propose(Proposal(transaction, decision, (KEY,), b"result"))).record
     unfinished = place.delegated(pending, "orders", "stock")

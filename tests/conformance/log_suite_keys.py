@@ -6,12 +6,12 @@ import asyncio
 
 from coordinator.log.base import Attempt, ClaimHeld, KeyState, Proposal, Stands
 from coordinator.model import ABORT, Claim, TransactionId, Verdict, id_time_ms
-from tests.conformance.log_suite import KEY, OTHER_KEY, Place, check, finish_all, stands
+from tests.conformance.log_suite import KEY, MEMBER, OTHER_KEY, Place, check, finish_all, stands
 
 
 def attempt_of(transaction: TransactionId) -> Attempt:
     """Another time for each transaction, so that no attempt passes for another one."""
-    return Attempt(transaction, id_time_ms(transaction) % 100_000)
+    return Attempt(transaction, id_time_ms(transaction) % 100_000, MEMBER)
 
 
 @check

@@ -16,7 +16,7 @@ from coordinator.log.memory import MemoryLog
 from coordinator.log.register import Register
 from coordinator.log.sqlite import SQLiteLog
 from coordinator.model import ABORT, Claim, Verdict, id_time_ms
-from tests.conformance.log_suite import Place
+from tests.conformance.log_suite import MEMBER, Place
 
 CALLS = 400
 
@@ -46,7 +46,7 @@ class Asker:
         decision = draw.choice(self.decisions[transaction])
         proposal = Proposal(transaction, decision, claims, draw.choice((b"", b"result")))
         answer = draw.choice((Verdict.COMMIT, Verdict.ABORT))
-        attempt = Attempt(transaction, draw.randrange(3))
+        attempt = Attempt(transaction, draw.randrange(3), MEMBER)
         expected = draw.choice((None, other))
         named = [*self.decisions[transaction][1].named, *self.decisions[transaction][2].named]
         marks = [

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from coordinator.participant import Participant
 from participants import conformance
 from participants.conformance import Harness
 from participants.memory import Memory, MemoryStore
-from tests.support.postgres import PostgresHarness
+from participants.postgres.embedded import EmbeddedServer
+from tests.support.postgres import PostgresHarness, new_database
+from tests.support.versions import server_of
 
 
 class MemoryHarness:
@@ -32,11 +36,20 @@ class MemoryHarness:
         return len(self.store.committed)
 
 
-@pytest.fixture(params=["memory", "postgres"])
+@pytest.fixture(scope="module")
+def older_server() -> Iterator[EmbeddedServer]:
+    with server_of(15) as server:
+        yield server
+
+
+@pytest.fixture(params=["memory", "postgres", "postgres 15"])
 def harness(request: pytest.FixtureRequest) -> Harness:
-    if request.param == "memory":
-        return MemoryHarness()
-    return PostgresHarness(request.getfixturevalue("database"))
+    match request.param:
+        case "memory":
+            return MemoryHarness()
+        case "postgres":
+            return PostgresHarness(request.getfixturevalue("database"))
+    return PostgresHarness(new_database(request.getfixturevalue("older_server")))
 
 
 @pytest.mark.parametrize("check", conformance.CHECKS, ids=lambda check: check.__name__)

@@ -14,7 +14,14 @@ import sys
 
 import msgspec
 
-from coordinator import Coordinator, OutcomeUnknown, Settings, TransactionAborted, failpoint
+from coordinator import (
+    AlreadyDecided,
+    Coordinator,
+    OutcomeUnknown,
+    Settings,
+    TransactionAborted,
+    failpoint,
+)
 from participants.postgres import PostgreSQL
 
 
@@ -28,6 +35,8 @@ class Plan(msgspec.Struct, frozen=True):
     point: str = ""
     occurrence: int = 1
     fate: str = "kill"
+    key: str | None = None
+    blocking: bool = False
     timeout: float = 20.0
     timeout_max: float = 20.0
 
@@ -80,6 +89,37 @@ async def work(plan: Plan, accounts: PostgreSQL, ledger: PostgreSQL) -> None:
         raise Unwanted
 
 
+def work_blocking(accounts: PostgreSQL, ledger: PostgreSQL) -> None:
+    connection = accounts.blocking.connection()
+    connection.execute("UPDATE account SET balance = balance - 30 WHERE id = 'alice'")
+    connection = ledger.blocking.connection()
+    connection.execute("UPDATE account SET balance = balance + 30 WHERE id = 'alice'")
+
+
+async def told_by(
+    plan: Plan, coordinator: Coordinator, accounts: PostgreSQL, ledger: PostgreSQL
+) -> str:
+    """Run the transfer and say what its caller was told."""
+
+    def in_a_thread() -> None:
+        with coordinator.blocking.transaction(key=plan.key):
+            work_blocking(accounts, ledger)
+
+    try:
+        if plan.blocking:
+            await asyncio.to_thread(in_a_thread)
+        else:
+            async with coordinator.transaction(key=plan.key):
+                await work(plan, accounts, ledger)
+    except (TransactionAborted, Unwanted):
+        return "aborted"
+    except OutcomeUnknown:
+        return "unknown"
+    except AlreadyDecided:
+        return "committed before"
+    return "committed"
+
+
 async def main(plan: Plan) -> None:
     accounts = PostgreSQL("accounts", plan.accounts, pool_size=2)
     ledger = PostgreSQL("ledger", plan.ledger, pool_size=2)
@@ -88,15 +128,7 @@ async def main(plan: Plan) -> None:
     )
     await coordinator.open(sweep=False)
     meet_fate(plan)
-    try:
-        async with coordinator.transaction():
-            await work(plan, accounts, ledger)
-        told = "committed"
-    except (TransactionAborted, Unwanted):
-        told = "aborted"
-    except OutcomeUnknown:
-        told = "unknown"
-    print(told, flush=True)
+    print(await told_by(plan, coordinator, accounts, ledger), flush=True)
     await coordinator.close()
 
 

@@ -105,7 +105,7 @@ async def race_for_names(path: Path, name: str, count: str) -> None:
         while numbers:
             number = numbers.pop()
             # The time of an attempt tells whose it is.
-            attempt = Attempt(transaction_id(identity, number), ord(name))
+            attempt = Attempt(transaction_id(identity, number), ord(name), MEMBER)
             stands = (await log.name_attempt(key(number), attempt, None)).attempt
             assert stands is not None
             say(number, chr(stands.timeout_ms), stands == attempt)
@@ -207,10 +207,14 @@ async def full_disk(path: Path) -> None:
 
 
 def fork(path: Path) -> None:
-    """A copy of an open log in a child says so; one of the child's own works; the parent's too."""
+    """A copy of an open log in a child says so; one of the child's own works; the parent's too.
+
+    What each of them was answered stands, also what the child wrote after the parent had closed.
+    """
     log = SQLiteLog(path)
     loop = asyncio.new_event_loop()
     identity = loop.run_until_complete(log.open())
+    from_child, to_child = os.pipe(), os.pipe()
 
     async def propose(log: SQLiteLog, number: int) -> str:
         proposal = Proposal(transaction_id(identity, number), ABORT)
@@ -221,17 +225,27 @@ def fork(path: Path) -> None:
             await propose(log, 1)
         except ConfigurationError as error:
             say(error)
-        say("same log", await log.open() == identity)
-        say("child", await propose(log, 2))
-        await log.close()
+        own = SQLiteLog(path)
+        say("same log", await own.open() == identity)
+        say("child", await propose(own, 2))
+        os.write(from_child[1], b"x")
+        os.read(to_child[0], 1)
+        say("child", await propose(own, 4))
+        await own.close()
 
     child = os.fork()
     if child == 0:
         asyncio.run(in_the_child())
-        return  # and the interpreter ends in order, with the parent's connection in its memory
+        return  # and the interpreter ends in order, with the parent's objects in its memory
+    os.read(from_child[0], 1)
+    say("parent", loop.run_until_complete(propose(log, 3)))
+    loop.run_until_complete(log.close())
+    os.write(to_child[1], b"x")
     _, status = os.waitpid(child, 0)
     say("status", status)
-    say("parent", loop.run_until_complete(propose(log, 3)))
+    loop.run_until_complete(log.open())
+    readings = [loop.run_until_complete(log.read(transaction_id(identity, n))) for n in (2, 3, 4)]
+    say("stand", [reading.record is not None for reading in readings])
     loop.run_until_complete(log.close())
     loop.close()
 

@@ -76,6 +76,36 @@ async def test_the_process_is_killed(
     check_ended(plan, expected)
 
 
+@pytest.mark.parametrize(
+    ("point", "occurrence", "expected"),
+    [
+        ("prepare:before", 1, "aborted"),
+        ("prepare:after", 2, "aborted"),
+        ("decide:before", 1, "aborted"),
+        ("decide:after", 1, "committed"),
+        ("commit:after", 1, "committed"),
+    ],
+)
+@pytest.mark.parametrize("blocking", [False, True], ids=["asyncio", "thread"])
+async def test_a_repeat_under_the_key_of_a_killed_process(
+    plan: Plan, point: str, occurrence: int, expected: str, blocking: bool
+) -> None:
+    """The repeat comes at once, before any recovery; the transfer happens exactly once."""
+    plan = msgspec.structs.replace(
+        aim(plan, "commit", point, occurrence, "kill"), key="order 7", blocking=blocking
+    )
+    with Child(plan) as child:
+        await asyncio.to_thread(child.process.communicate)
+        assert child.process.returncode == -signal.SIGKILL
+    with Child(msgspec.structs.replace(plan, point="")) as repeat:
+        waiting = asyncio.to_thread(repeat.process.communicate)
+        recovering = recover(plan)  # the repeat needs the rows that the dead process has locked
+        (told, _), _ = await asyncio.gather(waiting, recovering)
+        assert told.strip() == ("committed" if expected == "aborted" else "committed before")
+    await recover(plan)
+    check_ended(plan, "committed")
+
+
 @pytest.mark.parametrize(("point", "occurrence"), BEFORE_DECISION + AFTER_DECISION)
 @pytest.mark.parametrize("which", [0, 1], ids=["accounts", "ledger"])
 async def test_a_server_is_killed(

@@ -250,7 +250,14 @@ def test_a_log_that_came_over_a_fork_says_so(path: Path) -> None:
     with Process("fork", path) as process:
         said = process.lines()
     assert "after the fork" in said[0]
-    assert said[1:] == ["same log True", "child abort", "status 0", "parent abort"]
+    assert said[1:] == [
+        "same log True",
+        "child abort",
+        "parent abort",
+        "child abort",
+        "status 0",
+        "stand [True, True, True]",
+    ]
 
 
 def test_a_full_disk_is_told_and_recovers(path: Path) -> None:

@@ -55,7 +55,7 @@ def test_help_names_the_commands_and_nothing_that_is_not_there(
 ) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("demo", "recover", "bench"):
+    for command in ("demo", "recover", "check", "bench"):
         assert f"│ {command} " in shown
     for not_built in ("│ serve", "│ worker", "│ drain"):
         assert not_built not in shown
@@ -63,7 +63,7 @@ def test_help_names_the_commands_and_nothing_that_is_not_there(
     assert capsys.readouterr().out == shown
 
 
-@pytest.mark.parametrize("command", ["demo", "recover", "bench"])
+@pytest.mark.parametrize("command", ["demo", "recover", "check", "bench"])
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
@@ -97,10 +97,14 @@ def test_python_m_coordinator_is_the_same_program() -> None:
         (["recover", "--config", "absent.toml"], "absent.toml: no such file. Create it"),
         (["recover"], "syncpoint.toml: no such file. Create it"),
         (["recover", "--app", "shop"], "write it as shop.db:coordinator"),
-        (["recover", "--app", "no_such:thing"], "No module named 'no_such'; name a module"),
-        (["recover", "--app", "json:nothing"], "name a module that can be imported"),
+        (["recover", "--app", "no_such:thing"], "there is no module 'no_such'; name one that can"),
+        (["recover", "--app", "json.nowhere:thing"], "there is no module 'json.nowhere'"),
+        (["recover", "--app", "json:nothing"], "there is no 'nothing' in json; name the"),
         (["recover", "--app", "json:dumps"], "name a Coordinator object"),
         (["recover", "--app", "a:b", "--config", "c.toml"], "give one of them"),
+        (["check", "--app", "shop"], "write it as shop.db:coordinator"),
+        (["check", "--config", "absent.toml"], "absent.toml: no such file. Create it"),
+        (["check", "--nope"], "see `syncpoint check --help`"),
     ],
 )
 def test_a_wrong_option_or_file_exits_2_with_one_line(
@@ -142,6 +146,30 @@ def test_a_bad_file_is_answered_in_one_line(
     output, errors = capsys.readouterr()
     assert output == "" and errors.count("\n") == 1
     assert said in errors
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import no_such_thing", "ModuleNotFoundError: No module named 'no_such_thing'"),
+        ("import os; os.environ['NO_SUCH_VARIABLE']", "KeyError: 'NO_SUCH_VARIABLE'"),
+        ("coordinator = (", "SyntaxError: '(' was never closed"),
+    ],
+)
+def test_an_application_that_cannot_be_imported_says_why(
+    code: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "broken_of_test.py").write_text(code + "\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert main(["check", "--app", "broken_of_test:coordinator"]) == 2
+    output, errors = capsys.readouterr()
+    assert output == "" and errors.count("\n") == 1
+    assert f"importing broken_of_test raised {said}" in errors
 
 
 class TestRecover:

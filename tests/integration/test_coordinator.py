@@ -156,7 +156,7 @@ async def test_what_is_older_than_the_log_reads_forgotten(bank: Bank) -> None:
 
 async def test_the_running_sweep_ends_an_orphan_by_itself(bank: Bank) -> None:
     async with bank.coordinator as coordinator:
-        engine = coordinator._running()
+        engine = coordinator.engine()
         orphan = f"sp:{engine.identity.id}:{'d' * 16}:{id_floor(now_ms())}:{'0' * 16}"
         foreign = orphan.replace(engine.identity.id, "f" * 16)
         for gid in (orphan, foreign):
@@ -243,10 +243,8 @@ def test_wrong_arguments_are_answered_at_once(arguments: dict[str, object], mess
         Coordinator(**{"log": "memory:", "cluster": "bank", **arguments})  # type: ignore[arg-type]
 
 
-def test_what_cannot_be_decorated_is_refused() -> None:
+def test_a_deadline_beyond_the_longest_one_is_refused() -> None:
     coordinator = Coordinator("memory:", cluster="bank")
-    with pytest.raises(ConfigurationError, match="is no coroutine function"):
-        coordinator.transactional(len)  # type: ignore[call-overload]
     with pytest.raises(ConfigurationError, match="timeout is 1000"):
         coordinator.transaction(timeout=1000)
 
@@ -284,8 +282,8 @@ async def test_several_coordinators_share_one_log_file(
 
     async with banks[0].coordinator, banks[1].coordinator, banks[2].coordinator:
         await asyncio.gather(*(transfer(bank) for bank in banks for _ in range(10)))
-        identities = {bank.coordinator._running().identity for bank in banks}
-        alive = await banks[0].coordinator._running().members.alive()
+        identities = {bank.coordinator.engine().identity for bank in banks}
+        alive = await banks[0].coordinator.engine().members.alive()
     assert len(identities) == 1 and len(alive) == 3
     assert banks[0].balances() == (70, 130)
 

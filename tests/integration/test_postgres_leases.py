@@ -17,7 +17,10 @@ from coordinator.model import FINISHED, Branch, Verdict, VoteKind
 from coordinator.participant import Binding
 from participants.conformance import binding, trial
 from participants.postgres import PostgreSQL, psycopg_private
+from participants.postgres.blocking_lease import BlockingLease
 from participants.postgres.lease import Lease
+from participants.postgres.leased import INSTEAD, Leased
+from participants.postgres.slots import Slots
 from participants.postgres.statements import Begin
 from tests.support.postgres import gids, query, sessions
 
@@ -57,6 +60,7 @@ def test_the_private_names_of_psycopg_are_there() -> None:
         assert hasattr(connection, name), name
     assert callable(connection._prepared.clear)
     assert connection._pipeline is None and connection._adapters is None
+    assert psycopg_private.begin_statement(connection) == b"BEGIN"
     connection._pool = None  # what tells psycopg not to warn that it was never closed
 
 
@@ -468,9 +472,12 @@ async def test_limits_apply_to_each_statement(database: str) -> None:
         await participant.close()
 
 
-def test_lease_overrides_what_it_must() -> None:
+@pytest.mark.parametrize(
+    ("lease", "base"), [(Lease, AsyncConnection), (BlockingLease, psycopg.Connection)]
+)
+def test_a_lease_overrides_what_it_must(lease: type[Any], base: type[Any]) -> None:
     """A new psycopg verb that ends a transaction must be looked at before it is let through."""
-    public = {name for name in dir(AsyncConnection) if not name.startswith("_")}
+    public = {name for name in dir(base) if not name.startswith("_")}
     harmless = {
         "add_notice_handler", "add_notify_handler", "adapters", "autocommit", "broken", "connect",
         "connection", "cursor", "deferrable", "execute", "fileno", "info", "isolation_level",
@@ -479,6 +486,45 @@ def test_lease_overrides_what_it_must() -> None:
         "set_read_only", "tpc_recover", "xid",
     }  # fmt: skip
     exceptions = {name for name in public if name[0].isupper()}
+    handled = vars(lease).keys() | vars(Leased).keys()
     for name in public - harmless - exceptions - {"cursor_factory", "server_cursor_factory"}:
-        assert name in vars(Lease), f"AsyncConnection.{name} is not handled by Lease"
-    assert psycopg_private.in_pipeline is not None
+        assert name in handled, f"{base.__name__}.{name} is not handled by {lease.__name__}"
+    assert vars(lease).keys() >= INSTEAD.keys()
+
+
+async def test_prepares_wait_for_a_slot_until_the_deadline(
+    accounts: PostgreSQL, database: str
+) -> None:
+    assert accounts._open is not None
+    accounts._open.slots = Slots(2)  # one is the reserve, one is ours
+
+    async def worked(seconds: float, account: str) -> Branch:
+        async with trial(bound(accounts), seconds) as transaction:
+            await (await accounts.connection()).execute(
+                "UPDATE account SET balance = 1 WHERE id = %s", (account,)
+            )
+        return transaction.branch
+
+    first, second = await worked(30, "alice"), await worked(30, "bob")
+    assert (await accounts.prepare(first.xid)).kind is VoteKind.PREPARED
+    waiting = asyncio.create_task(accounts.prepare(second.xid))
+    reader = await _reader(accounts)  # who has nothing to prepare needs no slot
+    assert (await accounts.prepare(reader.xid)).kind is VoteKind.READ_ONLY
+    assert not waiting.done() and gids(database) == [str(first.xid)]
+    await accounts.rollback(first)
+    assert (await waiting).kind is VoteKind.PREPARED
+
+    late = await worked(0.2, "alice")
+    vote = await accounts.prepare(late.xid)
+    assert vote.kind is VoteKind.ABORTED and vote.retryable
+    assert "max_prepared_transactions" in vote.reason
+    assert gids(database) == [str(second.xid)]
+    for branch in (reader, second):
+        await accounts.rollback(branch)
+    assert accounts._open.slots.holders() == []
+
+
+async def _reader(accounts: PostgreSQL) -> Branch:
+    async with trial(bound(accounts)) as transaction:
+        await (await accounts.connection()).execute("SELECT 1")
+    return transaction.branch

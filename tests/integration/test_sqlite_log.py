@@ -20,7 +20,7 @@ from coordinator.log.memory import MemoryLog
 from coordinator.log.sqlite import SQLiteLog, file
 from coordinator.log.sqlite.mounts import file_system_of
 from coordinator.model import ABORT, Claim, Decision, TransactionId, Verdict
-from tests.conformance.log_suite import KEY, Place, stands
+from tests.conformance.log_suite import KEY, MEMBER, Place, stands
 
 ROOT = Path(__file__).parents[2]
 
@@ -227,13 +227,13 @@ async def test_what_cannot_be_stored_is_refused_and_harms_nobody(path: Path) -> 
     log = await place.open()
     transaction, other = place.draw(), place.draw()
     commit = place.commit(transaction, "orders")
-    unnamed, attempt = Claim("key", "\ud800"), Attempt(transaction, 1_000)
+    unnamed, attempt = Claim("key", "\ud800"), Attempt(transaction, 1_000, MEMBER)
     *answers, no_text, fine = await asyncio.gather(
         log.propose(Proposal(transaction, commit, attachment=b"x" * 2_000_000)),
         log.propose(Proposal(other, commit)),
         log.swept("unregistered", other, 1),
         log.name_attempt(unnamed, attempt, None),
-        log.name_attempt(KEY, Attempt(TransactionId("no id"), 1_000), None),
+        log.name_attempt(KEY, Attempt(TransactionId("no id"), 1_000, MEMBER), None),
         log.read_key(unnamed),
         log.register("\ud800", "a name that is no text", 0),
         log.propose(Proposal(other, ABORT)),

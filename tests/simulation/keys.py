@@ -127,7 +127,7 @@ class Caller(Client):
         self.teller = self.world.parts.teller(driver, self.truth)
         self.world.started(self.truth, self.plan)
         self.process.later(self.plan.seconds, self.teller.deadline)
-        self.name = Attempt(driver.core.id, int(self.plan.seconds * 1000))
+        self.name = Attempt(driver.core.id, int(self.plan.seconds * 1000), self.process.member)
         self.ask(self.process.log.name_attempt, (self.claim, self.name, former), self._named)
 
     def begin(self, process: Process) -> Driver | None:

@@ -22,7 +22,7 @@ from coordinator import (
     TransactionAborted,
     TransactionError,
 )
-from coordinator.transactional import current
+from coordinator.context import current
 from participants.memory import Memory
 
 

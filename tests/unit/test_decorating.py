@@ -16,8 +16,8 @@ from coordinator import (
     TransactionId,
     decorating,
 )
+from coordinator.context import current
 from coordinator.decorating import another_attempt_may_help, pause_before
-from coordinator.transactional import current
 from participants.memory import Memory
 
 

@@ -53,6 +53,21 @@ async def test_more_are_let_in_where_the_database_is_far(
 
 
 @virtual
+async def test_each_window_counts_by_itself() -> None:
+    clock = Work()
+    gate = Gate(8, most=1000, work_clock=clock)
+    token = taken(gate, "a")
+    for latency, work_seconds, limit in (
+        (20 * MS, 0.1 * MS, 400),
+        (20 * MS, 0.5 * MS, 80),
+        (50 * MS, 0.5 * MS, 200),
+    ):
+        clock.seconds += work_seconds * WINDOW_STATEMENTS
+        await work(token, WINDOW_STATEMENTS, latency)
+        assert gate.limit == pytest.approx(limit, abs=1)
+
+
+@virtual
 async def test_the_time_of_statements_side_by_side_is_that_of_all() -> None:
     clock = Work()
     gate = Gate(8, most=1000, work_clock=clock)

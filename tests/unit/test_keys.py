@@ -21,7 +21,7 @@ from coordinator import (
 from coordinator.engine import Engine
 from coordinator.keys import SPACE
 from coordinator.log.base import Attempt, Proposal
-from coordinator.model import ABORT, Claim
+from coordinator.model import ABORT, Claim, MemberId
 from participants.memory import Memory
 
 
@@ -186,8 +186,20 @@ async def test_an_attempt_whose_owner_vanished_is_aborted_when_its_time_is_over(
 ) -> None:
     engine = engine_of(shop)
     lost = engine.draw()
-    await engine.log.name_attempt(Claim(SPACE, "a"), Attempt(lost, 100), None)
+    await engine.log.name_attempt(Claim(SPACE, "a"), Attempt(lost, 100, engine.member), None)
     async with shop.transaction(key="a"):
+        await stock.put("a", 1)
+    assert stock.committed == {"a": 1}
+    assert await shop.status(lost) is Status.ABORTED
+
+
+async def test_an_attempt_whose_owner_is_dead_is_aborted_at_once(
+    shop: Coordinator, stock: Memory
+) -> None:
+    engine = engine_of(shop)
+    lost, dead = engine.draw(), MemberId("d" * 16)
+    await engine.log.name_attempt(Claim(SPACE, "a"), Attempt(lost, 3_600_000, dead), None)
+    async with shop.transaction(key="a", timeout=1):
         await stock.put("a", 1)
     assert stock.committed == {"a": 1}
     assert await shop.status(lost) is Status.ABORTED
@@ -198,7 +210,7 @@ async def test_a_former_attempt_below_the_horizon_is_judged_by_the_claim(
 ) -> None:
     engine = engine_of(shop)
     lost = engine.draw()
-    await engine.log.name_attempt(Claim(SPACE, "a"), Attempt(lost, 60_000), None)
+    await engine.log.name_attempt(Claim(SPACE, "a"), Attempt(lost, 60_000, engine.member), None)
     await engine.log.raise_horizon(engine.draw())
     async with shop.transaction(key="a"):
         await stock.put("a", 1)

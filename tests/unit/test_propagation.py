@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
 from coordinator import ConfigurationError, Coordinator, TransactionAborted, TransactionError
-from coordinator.transactional import current
+from coordinator.context import current
 from participants.memory import Memory
 
 
@@ -23,7 +23,9 @@ async def shop(stock: Memory) -> AsyncIterator[Coordinator]:
         yield coordinator
 
 
-def inner(shop: Coordinator, stock: Memory, propagation: str, *, fails: bool = False):  # type: ignore[no-untyped-def]
+def inner(
+    shop: Coordinator, stock: Memory, propagation: str, *, fails: bool = False
+) -> Callable[[], Awaitable[object]]:
     @shop.transactional(propagation=propagation)
     async def write() -> object:
         transaction = current()

@@ -120,7 +120,7 @@ async def test_a_participant_that_is_not_here_cannot_be_vouched_for(shop: Shop) 
     async with shop.coordinator:
         await shop.sell()
     half = Coordinator(
-        shop.coordinator._url, cluster="testing", participants=[shop.stock], settings=QUICK
+        shop.coordinator.log_url, cluster="testing", participants=[shop.stock], settings=QUICK
     )
     with pytest.raises(AssertionError, match="ledger: there is no such participant"):
         await assert_atomic(half)

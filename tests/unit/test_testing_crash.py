@@ -56,7 +56,7 @@ async def test_the_second_time_that_a_point_is_reached(shop: Shop) -> None:
 async def test_a_running_sweep_of_another_process_finishes_what_a_crash_left(shop: Shop) -> None:
     stock, ledger = Memory("stock", shop.stock.store), Memory("ledger", shop.ledger.store)
     other = Coordinator(
-        shop.coordinator._url, cluster="testing", participants=[stock, ledger], settings=QUICK
+        shop.coordinator.log_url, cluster="testing", participants=[stock, ledger], settings=QUICK
     )
     async with other, shop.coordinator:
         async with crash_at(shop.coordinator, "decide:after"):

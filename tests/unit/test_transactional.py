@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 
+from coordinator.context import current
 from coordinator.errors import (
     ConfigurationError,
     HeuristicOutcome,
@@ -17,7 +18,6 @@ from coordinator.events import Published
 from coordinator.log.base import Proposal
 from coordinator.model import ABORT, Ending, EndingKind, Verdict, Vote, VoteKind
 from coordinator.protocol import Phase
-from coordinator.transactional import current
 from tests.unit.scripted import OnePhaseScripted, Scripted, SlowLog, engine_with, until
 
 

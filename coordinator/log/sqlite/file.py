@@ -65,6 +65,7 @@ CREATE TABLE attempt (
     key        TEXT NOT NULL,
     id         BLOB NOT NULL,
     timeout_ms INTEGER NOT NULL,
+    member     TEXT NOT NULL,
     PRIMARY KEY (space, key)
 ) WITHOUT ROWID;
 CREATE INDEX attempt_by_id ON attempt (id);

@@ -8,6 +8,7 @@ has the log open. What a full disk, a failing disk and a damaged file do is said
 
 from __future__ import annotations
 
+import asyncio
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 from coordinator import codec
 from coordinator.codec import pack_transaction, unpack_transaction
+from coordinator.config import Settings
 from coordinator.errors import LogUnavailable, ProtocolError
 from coordinator.log.base import (
     Answer,
@@ -31,9 +33,11 @@ from coordinator.log.base import (
     Stands,
     Unreadable,
 )
+from coordinator.log.sqlite import inspection
 from coordinator.log.sqlite.store import AWAITED, Row, Store, check_text, insertion
 from coordinator.log.sqlite.writer import Statistics, Writer
 from coordinator.model import Claim, TransactionId, Verdict
+from coordinator.participant import LogCheck
 
 _Result = TypeVar("_Result")
 
@@ -70,6 +74,10 @@ class SQLiteLog:
             raise
         self._writer, self._identity, self._statistics = writer, identity, writer.statistics
         return identity
+
+    async def check(self, settings: Settings) -> LogCheck:
+        """See `CheckableLog`; it need not be open."""
+        return await asyncio.to_thread(inspection.inspect, self.path, settings)
 
     async def close(self) -> None:
         writer, self._writer = self._writer, None

@@ -30,6 +30,7 @@ from coordinator.model import (
     Claim,
     EndingKind,
     LogId,
+    MemberId,
     TransactionId,
     Verdict,
     Xid,
@@ -170,9 +171,11 @@ class Store:
     def read_key(self, claim: Claim) -> KeyState:
         key = (claim.space, claim.key)
         named = self._connection.execute(
-            "SELECT id, timeout_ms FROM attempt WHERE space = ? AND key = ?", key
+            "SELECT id, timeout_ms, member FROM attempt WHERE space = ? AND key = ?", key
         ).fetchone()
-        attempt = None if named is None else Attempt(unpack_transaction(named[0]), named[1])
+        attempt = None
+        if named is not None:
+            attempt = Attempt(unpack_transaction(named[0]), named[1], MemberId(named[2]))
         held = self._connection.execute(
             "SELECT holder, attachment, answer FROM claim LEFT JOIN record ON record.id = holder "
             "WHERE space = ? AND key = ?",
@@ -193,8 +196,14 @@ class Store:
         if state.holder is not None or named != expected:
             return state
         self._connection.execute(
-            "INSERT OR REPLACE INTO attempt VALUES (?, ?, ?, ?)",
-            (claim.space, claim.key, pack_transaction(attempt.transaction), attempt.timeout_ms),
+            "INSERT OR REPLACE INTO attempt VALUES (?, ?, ?, ?, ?)",
+            (
+                claim.space,
+                claim.key,
+                pack_transaction(attempt.transaction),
+                attempt.timeout_ms,
+                attempt.member,
+            ),
         )
         return KeyState(attempt=attempt)
 

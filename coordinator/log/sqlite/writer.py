@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
-import ctypes
 import logging
 import os
 import queue
@@ -64,6 +63,8 @@ class Writer:
         self._opened_file: os.stat_result | None = None
         self._broken: str | None = None
         self._over = False
+        self._in_use = threading.Lock()
+        self._suspended = False
         self._frames = 0
         self._checkpoint_at = CHECKPOINT_FRAMES
         # A daemon, so that a program that forgot to close can end; `_stop_all` then ends it first.
@@ -125,12 +126,16 @@ class Writer:
             stopping = False
             while not stopping:
                 batch, stopping = self._next_batch()
-                deliver(batch, self._perform(batch))
+                with self._in_use:
+                    outcomes = self._perform(batch)
+                deliver(batch, outcomes)
                 if self._frames >= self._checkpoint_at:
-                    self._checkpoint()
+                    with self._in_use:
+                        self._checkpoint()
         finally:
             self._over = True
-            self._close()
+            with self._in_use:
+                self._close()
             with _guard:
                 _running.discard(self)
             while late := self._next_batch(wait=False)[0]:
@@ -156,7 +161,7 @@ class Writer:
         if not batch:
             return []
         try:
-            if any(job.work is None for job in batch):
+            if self._suspended or any(job.work is None for job in batch):
                 self._open()
             return self._transact(batch)
         except ConfigurationError as error:
@@ -177,9 +182,7 @@ class Writer:
         file.check_place(self.path)
         lock_path = self.path.with_name(self.path.name + ".lock")
         try:
-            # A fork waits for the guard, so no child gets a descriptor that it does not know of.
-            with _guard:
-                self._lock = self._lock or FileLock(lock_path)
+            self._lock = self._lock or FileLock(lock_path)
         except OSError as error:
             raise ConfigurationError(
                 f"the decision log {self.path} cannot be used: {lock_path} cannot be opened for "
@@ -187,7 +190,10 @@ class Writer:
             ) from error
         self._lock.acquire(LOCK_TIMEOUT_SECONDS)
         try:
+            if self._suspended:
+                self._check_in_place(self._lock)
             self._connection, self._identity = file.open_file(self.path)
+            self._suspended = False
             self._opened_file = os.stat(self.path)
             self._store = Store(self._connection, self._identity.id)
             self._connection.set_wal_hook(self._count_frames)
@@ -274,8 +280,7 @@ class Writer:
             "restart this process, which checks the file"
         )
         self._break(reason)
-        with _guard:
-            _broken_files[self.path] = reason
+        _broken_files[self.path] = reason
         return reason
 
     def _break(self, reason: str) -> None:
@@ -319,16 +324,28 @@ class Writer:
         if lock is not None:
             lock.close()
 
-    def _abandon(self) -> None:
-        """In a forked child: never touch the parent's connection, nor keep its lock alive.
+    def suspend(self) -> None:
+        """Before a fork: wait for what is being written, and close the file.
 
-        Even to close the connection would be use: at the child's exit it could wait for a mutex
-        whose owner does not exist there. So the child keeps it for ever.
+        SQLite keeps its knowledge of locks in the process. A child that inherited it would believe
+        that it has the locks of its parent, and what it then wrote could be lost: nothing of SQLite
+        may be open at a fork, also not where the child opens a log of its own.
         """
+        self._in_use.acquire()
+        if self._connection is not None:
+            file.close_without_checkpoint(self._connection)
+            self._connection = self._store = None
+            self._suspended = True
+
+    def resume(self) -> None:
+        """After a fork, in the parent: the next batch opens the file again."""
+        self._in_use.release()
+
+    def abandon(self) -> None:
+        """After a fork, in the child: the parent's lock must not be kept alive here."""
         self.forked = True
         if self._lock is not None:
             self._lock.close()
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
 
 _guard = threading.Lock()
@@ -344,9 +361,21 @@ def _stop_all() -> None:
         writer._thread.join()
 
 
+def _before_fork() -> None:
+    _guard.acquire()  # nobody holds it who waits for a writer
+    for writer in _running:
+        writer.suspend()
+
+
+def _after_fork_in_parent() -> None:
+    for writer in _running:
+        writer.resume()
+    _guard.release()
+
+
 def _after_fork_in_child() -> None:
     for writer in _running:
-        writer._abandon()
+        writer.abandon()
     _running.clear()
     _writers.clear()
     _guard.release()
@@ -354,7 +383,7 @@ def _after_fork_in_child() -> None:
 
 atexit.register(_stop_all)
 os.register_at_fork(
-    before=_guard.acquire,
-    after_in_parent=_guard.release,
+    before=_before_fork,
+    after_in_parent=_after_fork_in_parent,
     after_in_child=_after_fork_in_child,
 )
