@@ -4,6 +4,8 @@ PYTHON ?= python3
 PARALLEL ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+ON_15 := $(foreach each,postgres_* blocking_* enlist* engines disturbances session* coordinator \
+	gate_on_servers,$(wildcard tests/integration/test_$(each).py))
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test quick demo bench simulate check clean
@@ -31,7 +33,10 @@ $(INSTALLED): pyproject.toml
 	fi
 	@touch $@
 
-test: setup  ## run all tests; the last line is the summary
+test: setup  ## run all tests, what touches PostgreSQL on 15 and 18; the last line is the summary
+	@echo "What people do with PostgreSQL, on 15"
+	@SYNCPOINT_TEST_POSTGRESQL=15 $(BIN)/python -m pytest -q -n $(PARALLEL) --dist loadfile $(ON_15)
+	@echo "Everything, on 18"
 	@$(BIN)/python -m pytest -q -n $(PARALLEL) --dist loadfile
 
 quick: setup  ## run the tests that need no server, in seconds

@@ -6,6 +6,7 @@ before each test, whatever the one before left there.
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from coordinator.participant import Participant
 from participants.conformance import binding
 from participants.postgres import PostgreSQL
 from participants.postgres.embedded import EmbeddedServer
+from tests.support.versions import server_of
 
 DATABASE = "trial"
 SCHEMA = """
@@ -26,10 +28,16 @@ CREATE TABLE entry (id serial PRIMARY KEY, note text UNIQUE DEFERRABLE INITIALLY
 """
 
 
+def new_server() -> EmbeddedServer:
+    """A server of the newest version, or of the one that SYNCPOINT_TEST_POSTGRESQL names."""
+    major = os.environ.get("SYNCPOINT_TEST_POSTGRESQL")
+    return server_of(int(major)) if major else EmbeddedServer()
+
+
 @pytest.fixture(scope="session")
 def postgres_servers() -> Iterator[tuple[EmbeddedServer, EmbeddedServer]]:
     """Two running servers; a test that stops one starts it again."""
-    first, second = EmbeddedServer(), EmbeddedServer()
+    first, second = new_server(), new_server()
     try:
         with ThreadPoolExecutor(2) as threads:
             list(threads.map(EmbeddedServer.start, (first, second)))

