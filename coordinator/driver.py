@@ -47,6 +47,8 @@ from coordinator.protocol import Phase, Transaction
 
 logger = logging.getLogger("syncpoint.driver")
 
+PREPARE_GRACE_SECONDS = 0.25
+
 _T = TypeVar("_T")
 
 
@@ -261,8 +263,11 @@ class Driver:
         branch = action.branch
         preparing = self._preparing.pop(branch.id, None)
         if preparing is not None:
-            preparing.cancel()
-            await asyncio.wait({preparing})
+            # Its answer is mostly on its way; to stop it in the middle costs the connection.
+            _, late = await asyncio.wait({preparing}, timeout=PREPARE_GRACE_SECONDS)
+            if late:
+                preparing.cancel()
+                await asyncio.wait({preparing})
         return await self._end(branch, lambda: self._participant(branch).rollback(branch))
 
     async def _end(self, branch: Branch, end: Callable[[], Awaitable[Ending]]) -> Event:
