@@ -70,6 +70,7 @@ class Engine:
         self.drivers: dict[TransactionId, Driver] = {}
         self.newest = id_floor(identity.created_ms)
         self.horizon = id_floor(identity.created_ms)
+        self._latest_clock_ms = 0
         self._marks: list[Mark] = []
         self._beats = 0
         self._closing = False
@@ -151,8 +152,14 @@ class Engine:
     def _refuse_near_horizon(self, transaction: TransactionId) -> None:
         # A horizon that has never moved is the log's creation, and may be a moment ago.
         moved = id_time_ms(self.horizon) > self.identity.created_ms
-        margin_ms = int(self.settings.retention * 500) if moved else 0
-        if id_time_ms(transaction) < id_time_ms(self.horizon) + margin_ms:
+        margin_ms = int(self.settings.retention * 500)
+        if id_time_ms(transaction) < self._latest_clock_ms - margin_ms:
+            # The horizon may have risen by what our beats said before the clock was set back.
+            raise LogUnavailable(
+                f"this clock says {_shown(id_time_ms(transaction))}, but it has said "
+                f"{_shown(self._latest_clock_ms)} before: correct it and begin again"
+            )
+        if id_time_ms(transaction) < id_time_ms(self.horizon) + (margin_ms if moved else 0):
             here = _shown(id_time_ms(transaction))
             there = _shown(id_time_ms(self.horizon))
             raise LogUnavailable(
@@ -199,6 +206,8 @@ class Engine:
 
     def _beat(self) -> Beat:
         now = asyncio.get_running_loop().time()
+        clock_ms = now_ms()
+        self._latest_clock_ms = max(self._latest_clock_ms, clock_ms)
         self._beats += 1
         in_flight = []
         for driver in self.drivers.values():
@@ -210,7 +219,7 @@ class Engine:
             branches = tuple(branch.participant for branch in driver.core.branches)
             left = max(driver.deadline - now, 0.0)
             in_flight.append(InFlight(driver.core.id, left, driver.core.phase.value, branches))
-        return Beat(now_ms(), self._beats, in_flight)
+        return Beat(clock_ms, self._beats, in_flight)
 
     async def _keep_marking(self) -> None:
         while True:

@@ -50,6 +50,7 @@ class Process:
         self.newest = self.created
         self.horizon = self.created
         self.seen_horizon_at = 0.0
+        self.latest_clock_ms = 0
         self._beats = 0
         self._marks: list[Mark] = []
         self._marking = False
@@ -186,9 +187,11 @@ class Process:
         return driver
 
     def _is_near_horizon(self, transaction: TransactionId) -> bool:
+        margin_ms = int(RETENTION * 500)
+        if id_time_ms(transaction) < self.latest_clock_ms - margin_ms:
+            return True
         moved = self.horizon > self.created
-        margin_ms = int(RETENTION * 500) if moved else 0
-        return id_time_ms(transaction) < id_time_ms(self.horizon) + margin_ms
+        return id_time_ms(transaction) < id_time_ms(self.horizon) + (margin_ms if moved else 0)
 
     def recover(self, case: Case) -> Driver:
         """A driver for a transaction found by the sweep, to be told to abort."""
@@ -219,7 +222,9 @@ class Process:
                     driver.post(Published())
                 left = max(driver.deadline - now, 0.0)
                 in_flight.append(InFlight(driver.core.id, left, driver.core.phase.value))
-        return Beat(self.wall_ms(), self._beats, in_flight)
+        clock_ms = self.wall_ms()
+        self.latest_clock_ms = max(self.latest_clock_ms, clock_ms)
+        return Beat(clock_ms, self._beats, in_flight)
 
     def mark(self, mark: Mark) -> None:
         """A finished mark: batched and lazy."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 
 import pytest
 
@@ -281,3 +282,16 @@ async def test_a_case_that_cannot_be_driven_stops_no_other() -> None:
 
 def test_member_ids_differ() -> None:
     assert draw_member_id() != draw_member_id()
+
+
+async def test_a_clock_that_was_set_back_begins_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What our beats said before may have let the horizon rise beyond the ids of now."""
+    async with engine_with(Scripted("a")) as bench:
+        engine = bench.engine
+        ahead_ms = int(time.time() * 1000) + int(engine.settings.retention * 1000)
+        with monkeypatch.context() as patched:
+            patched.setattr("coordinator.engine.now_ms", lambda: ahead_ms)
+            engine._beat()
+        with pytest.raises(LogUnavailable, match="has said"):
+            engine.draw()
+        assert not engine.drivers
