@@ -157,6 +157,81 @@ def recover(
     return run(load(config, application), dry_run=dry_run, wait=wait, as_json=json)
 
 
+@app.command("list")
+def list_transactions(
+    config: ConfigFile = None,
+    application: Application = None,
+    everything: Annotated[
+        bool,
+        typer.Option(
+            "--all", help="Also what began a moment ago, and what finished and is still recorded."
+        ),
+    ] = False,
+    state: Annotated[
+        str | None,
+        typer.Option(
+            "--state",
+            metavar="STATE",
+            help="Only those that are in-flight, in-doubt, needs-person or finished.",
+        ),
+    ] = None,
+    json: Json = False,
+) -> int:
+    """Show the transactions in flight for more than a second and those in doubt, oldest first.
+
+    Asks the living members, every participant and the log, and changes nothing; safe to run at any
+    time beside services. A participant that cannot be reached is named, and the rest is shown.
+    """
+    from coordinator.commands.list_transactions import parse_state, run
+    from coordinator.commands.target import load
+
+    wanted = parse_state(state)
+    coordinator = load(config, application)
+    return run(coordinator, everything=everything, state=wanted, as_json=json)
+
+
+@app.command()
+def show(
+    transaction: Annotated[str, typer.Argument(metavar="ID", help="The transaction's id.")],
+    config: ConfigFile = None,
+    application: Application = None,
+    json: Json = False,
+) -> int:
+    """Show one transaction: its decision, its branches, and what will happen next.
+
+    Of every branch, what the log has recorded and what the participant really holds now. Changes
+    nothing; safe to run at any time beside services.
+
+    Exits 0, or 5 when there is no such transaction.
+    """
+    from coordinator.commands.show import run
+    from coordinator.commands.target import load
+
+    return run(load(config, application), transaction, as_json=json)
+
+
+@app.command()
+def drain(
+    config: ConfigFile = None,
+    application: Application = None,
+    timeout: Annotated[
+        float, typer.Option(min=0, metavar="SECONDS", help="Wait for so long at most.")
+    ] = 60,
+    json: Json = False,
+) -> int:
+    """Wait until nothing is prepared anywhere: before a dump, a backup, an upgrade.
+
+    Stop the services first, or their traffic. What crashes have left is ended as by `recover`.
+
+    Exits 0 when nothing is prepared and nothing unfinished, 3 when the time is over; then what is
+    left is named.
+    """
+    from coordinator.commands.drain import run
+    from coordinator.commands.target import load
+
+    return run(load(config, application), timeout=timeout, as_json=json)
+
+
 @app.command()
 def check(
     config: ConfigFile = None,

@@ -11,6 +11,7 @@ import os
 import re
 import tomllib
 from collections.abc import Mapping
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +162,27 @@ def _expand(value: Any, field: str, folder: Path) -> Any:
         return os.environ[match[1]]
 
     return _VARIABLE.sub(replace, value)
+
+
+def build(described: ParticipantConfig, path: str) -> Any:
+    """The participant that a table describes, by its kind's entry point.
+
+    Raises `ConfigurationError` naming the file, the participant and what is wrong.
+    """
+    kinds = {each.name: each for each in entry_points(group="syncpoint.participants")}
+    where = f"{path}: participants.{described.name}"
+    if described.kind not in kinds:
+        raise ConfigurationError(
+            f"{where}: unknown kind {described.kind!r}: there are {', '.join(sorted(kinds))}"
+        )
+    try:
+        factory = kinds[described.kind].load()
+    except ImportError as error:
+        raise ConfigurationError(
+            f"{where}: {error}; install the adapter with `pip install 'syncpoint[all]'`"
+        ) from error
+    try:
+        participant = factory(described.name, **described.options)
+    except TypeError as error:
+        raise ConfigurationError(f"{where}: {error}") from error
+    return participant

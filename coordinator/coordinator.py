@@ -6,7 +6,6 @@ import asyncio
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -70,7 +69,7 @@ class Coordinator:
     def from_config(cls, path: str | os.PathLike[str]) -> Coordinator:
         """Build one from `syncpoint.toml`; `ConfigurationError` names the file and the field."""
         read = config.load(Path(path))
-        participants = [_build(each, str(path)) for each in read.participants]
+        participants = [config.build(each, str(path)) for each in read.participants]
         return cls(
             read.log, cluster=read.cluster, participants=participants, settings=read.settings
         )
@@ -109,6 +108,8 @@ class Coordinator:
         """
         if self._engine is not None:
             self._forget_parent()
+        if self._engine is not None and self._is_on_a_dead_loop:
+            await self._leave_dead_loop()
         if self._engine is not None:
             raise TransactionError("the coordinator is open already")
         log, members = open_log(self.log_url)
@@ -130,6 +131,19 @@ class Coordinator:
         if self._process != os.getpid():
             self._engine = self._log = self._sweep = self._recovery = None
             self._opened = []
+
+    @property
+    def _is_on_a_dead_loop(self) -> bool:
+        return self._loop is not None and self._loop.is_closed()
+
+    async def _leave_dead_loop(self) -> None:
+        """Its loop ended without closing it, as loops of tests do: give back what can be."""
+        logger.warning("the event loop of the coordinator ended without closing it")
+        engine, self._engine = self._engine, None
+        self._sweep = None
+        if engine is not None:
+            await engine.members.leave()
+        await self._release()
 
     async def _start(
         self, log: Log, identity: LogIdentity, members: Members, tolerate_unreachable: bool
@@ -194,7 +208,7 @@ class Coordinator:
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop on which it is open; None when it is not, also in a forked child."""
-        if self._engine is None or self._process != os.getpid():
+        if self._engine is None or self._process != os.getpid() or self._is_on_a_dead_loop:
             return None
         return self._loop
 
@@ -207,6 +221,10 @@ class Coordinator:
         if self._process != os.getpid():
             raise TransactionError(
                 "the coordinator was opened before a fork: the child process must open its own"
+            )
+        if self._is_on_a_dead_loop:
+            raise TransactionError(
+                "the event loop that the coordinator was opened on has ended: open it on this one"
             )
         running = asyncio._get_running_loop()
         if running is not None and running is not self._loop:
@@ -364,23 +382,3 @@ def _by_name(participants: Iterable[Participant]) -> dict[str, Participant]:
             )
         named[participant.name] = participant
     return named
-
-
-def _build(described: config.ParticipantConfig, path: str) -> Participant:
-    kinds = {each.name: each for each in entry_points(group="syncpoint.participants")}
-    where = f"{path}: participants.{described.name}"
-    if described.kind not in kinds:
-        raise ConfigurationError(
-            f"{where}: unknown kind {described.kind!r}: there are {', '.join(sorted(kinds))}"
-        )
-    try:
-        factory = kinds[described.kind].load()
-    except ImportError as error:
-        raise ConfigurationError(
-            f"{where}: {error}; install the adapter with `pip install 'syncpoint[all]'`"
-        ) from error
-    try:
-        participant: Participant = factory(described.name, **described.options)
-    except TypeError as error:
-        raise ConfigurationError(f"{where}: {error}") from error
-    return participant

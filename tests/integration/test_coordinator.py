@@ -193,6 +193,28 @@ async def test_it_can_be_opened_again_on_another_loop_but_not_used_from_there(ba
     assert bank.balances() == (90, 110)
 
 
+def test_a_loop_that_ended_without_closing_it_does_not_keep_it(bank: Bank) -> None:
+    """As in test suites with a loop for each test, whose fixtures forget to close."""
+
+    async def open_only() -> None:
+        await bank.coordinator.open()
+
+    async def use() -> None:
+        with pytest.raises(TransactionError, match="has ended"):
+            await bank.coordinator.status("0199c82c-be12-7003-8000-000000000003")
+        async with bank.coordinator as coordinator, coordinator.transaction():
+            await bank.take(30)
+            await bank.give(30)
+
+    asyncio.run(open_only())
+    asyncio.run(use())
+    assert bank.balances() == (70, 130)
+    asyncio.run(open_only())
+    with bank.coordinator.blocking, bank.coordinator.blocking.transaction():
+        bank.accounts.blocking.connection().execute("UPDATE account SET balance = 1")
+    assert bank.balances()[0] == 1
+
+
 async def test_closed_it_says_how_to_use_it(bank: Bank) -> None:
     with pytest.raises(TransactionError, match="async with coordinator"):
         async with bank.coordinator.transaction():
