@@ -254,7 +254,8 @@ class Housekeeping(Protocol):
         """Delete up to `limit` finished records below the horizon; returns how many.
 
         Claims with their attachments, and names of attempts, go when their transaction began before
-        `claims_before_ms` and below the horizon: up to `limit` of each. The oldest go first.
+        `claims_before_ms` and below the horizon: up to `limit` of each. The oldest go first. A
+        claim stays as long as the record of its holder, which may still be unresolved.
         """
 
     async def register(self, name: str, identity: str, now_ms: int) -> Resource:

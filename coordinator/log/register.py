@@ -137,7 +137,11 @@ class Register:
         for transaction in gone:
             del self._records[transaction]
         before = min(self.horizon, id_floor(claims_before_ms))
-        taken = {claim: held.holder for claim, held in self._claims.items()}
+        taken = {
+            claim: held.holder
+            for claim, held in self._claims.items()
+            if held.holder not in self._records
+        }
         for claim in _oldest(taken, before, limit):
             del self._claims[claim]
         named = {claim: attempt.transaction for claim, attempt in self._attempts.items()}

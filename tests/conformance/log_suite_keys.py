@@ -74,6 +74,24 @@ async def an_answer_of_abort_frees_the_claims(place: Place) -> None:
 
 
 @check
+async def a_claim_stays_as_long_as_its_holders_record(place: Place) -> None:
+    """Else another attempt could run while a last resource may still commit the former one."""
+    log = await place.open()
+    transaction, later = place.draw(), place.draw()
+    decision = place.delegated(transaction, "orders")
+    await log.propose(Proposal(transaction, decision, (KEY,), b"result"))
+    await log.raise_horizon(later)
+    expired_ms = id_time_ms(transaction) + 1
+    await log.forget(10, claims_before_ms=expired_ms)
+    assert await log.read_key(KEY) == KeyState(transaction)
+    await log.record_answer(transaction, Verdict.COMMIT)
+    await finish_all(log, decision)
+    await log.forget(10, claims_before_ms=expired_ms)
+    await log.forget(10, claims_before_ms=expired_ms)
+    assert await log.read_key(KEY) == KeyState()
+
+
+@check
 async def claims_outlive_their_records_and_the_horizon(place: Place) -> None:
     log = await place.open()
     transaction, later = place.draw(), place.draw()
@@ -213,12 +231,15 @@ async def forgetting_keys_is_limited_and_oldest_first(place: Place) -> None:
     ):
         for claim in claims:
             await log.name_attempt(claim, attempt_of(transaction), None)
-        await log.propose(Proposal(transaction, place.commit(transaction, "orders"), claims))
+        decision = place.commit(transaction, "orders")
+        await log.propose(Proposal(transaction, decision, claims))
+        await finish_all(log, decision)
     unclaimed = [Claim("step", each) for each in ("b", "a")]
     for claim in unclaimed:
         await log.name_attempt(claim, attempt_of(place.draw()), None)
     newest = place.draw()
     await log.raise_horizon(newest)
+    assert await log.forget(10, claims_before_ms=0) == 4
     for limit, claims_left, names_left in (
         (2, by_age[2:], by_age[2:] + unclaimed),
         (2, by_age[4:], by_age[4:] + unclaimed),
@@ -226,7 +247,7 @@ async def forgetting_keys_is_limited_and_oldest_first(place: Place) -> None:
         (2, [], []),
     ):
         deleted = await log.forget(limit, claims_before_ms=id_time_ms(newest))
-        assert deleted == 0, "no record was finished"
+        assert deleted == 0, "the records are gone"
         states = {claim: await log.read_key(claim) for claim in by_age + unclaimed}
         assert [claim for claim, state in states.items() if state.holder] == claims_left
         assert [claim for claim, state in states.items() if state.attempt] == names_left

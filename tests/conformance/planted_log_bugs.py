@@ -193,6 +193,14 @@ class NamesForAWholeSecond(Register):
         return super().name_attempt(claim, attempt, expected)
 
 
+class ClaimsGoBeforeTheirRecords(Register):
+    def forget(self, limit: int, *, claims_before_ms: int) -> int:
+        before = min(self.horizon, id_floor(claims_before_ms))
+        gone = super().forget(limit, claims_before_ms=claims_before_ms)
+        self._claims = {c: held for c, held in self._claims.items() if held.holder >= before}
+        return gone
+
+
 class NamesStayForEver(Register):
     def forget(self, limit: int, *, claims_before_ms: int) -> int:
         names = dict(self._attempts)
@@ -309,6 +317,7 @@ REGISTERS: dict[type[Register], str] = {
     NamesWithoutTheSpace: "each_key_has_a_name_of_its_own",
     TellsItsOwnName: "one_of_the_callers_racing_for_a_key_names_its_attempt",
     NamesForAWholeSecond: "an_attempt_is_named_by_compare_and_set",
+    ClaimsGoBeforeTheirRecords: "a_claim_stays_as_long_as_its_holders_record",
     NamesStayForEver: "names_of_attempts_have_the_retention_of_claims",
     NamesGoAtTheHorizon: "names_of_attempts_have_the_retention_of_claims",
     NamesGoAboveTheHorizon: "names_of_attempts_have_the_retention_of_claims",

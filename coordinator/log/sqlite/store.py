@@ -247,10 +247,11 @@ class Store:
         )
         deleted = self._connection.changes()
         before = min(self._horizon, pack_transaction(id_floor(claims_before_ms)))
-        for table, taken_by in (("claim", "holder"), ("attempt", "id")):
+        no_record = "NOT EXISTS (SELECT 1 FROM record WHERE record.id = claim.holder)"
+        for table, taken_by, free in (("claim", "holder", no_record), ("attempt", "id", "TRUE")):
             self._connection.execute(
                 f"DELETE FROM {table} WHERE (space, key) IN (SELECT space, key FROM {table} "
-                f"WHERE {taken_by} < ? ORDER BY {taken_by}, space, key LIMIT ?)",
+                f"WHERE {taken_by} < ? AND {free} ORDER BY {taken_by}, space, key LIMIT ?)",
                 (before, limit),
             )
         return deleted
