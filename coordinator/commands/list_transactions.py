@@ -21,7 +21,7 @@ from coordinator.commands.output import messages, print_json, results
 from coordinator.coordinator import Coordinator
 from coordinator.engine import PUBLISHED_AFTER_SECONDS, Engine, now_ms
 from coordinator.errors import ConfigurationError, one_line
-from coordinator.log.base import Incident, Record, Unreadable
+from coordinator.log.base import Incident, Log, Record, Unreadable
 from coordinator.members.base import Beat, InFlight
 from coordinator.model import Branch, MemberId, TransactionId, Verdict, Xid, id_time_ms
 from coordinator.recovery import PAGE
@@ -93,9 +93,9 @@ class Picture(msgspec.Struct):
 class _Found(msgspec.Struct):
     """The raw answers."""
 
-    alive: Mapping[MemberId, Beat]
     configured: Collection[str]
     unreachable: Mapping[str, str]
+    alive: Mapping[MemberId, Beat] = msgspec.field(default_factory=dict)
     held: dict[TransactionId, list[Branch]] = msgspec.field(default_factory=dict)
     records: dict[TransactionId, Record] = msgspec.field(default_factory=dict)
     unreadable: dict[TransactionId, str] = msgspec.field(default_factory=dict)
@@ -164,11 +164,13 @@ async def look(
     engine = coordinator.engine()
     unreachable = (await coordinator.recover(dry_run=True)).unreachable
     names = {each.name for each in coordinator.participants}
-    found = _Found(await engine.members.alive(), names, unreachable)
-    for member, beat in found.alive.items():
-        found.in_flight.update({each.transaction: (member, each) for each in beat.in_flight})
+    found = _Found(names, unreachable)
+    # In this order: what a participant holds is judged by what was recorded since, and an owner
+    # that is not there at last is dead, and not just starting.
     await _ask_participants(engine, found)
-    await _ask_log(engine, found, finished_too, also)
+    await _scan_log(engine.log, found, finished_too)
+    await _ask_members(engine, found)
+    await _read_others(engine.log, found, also)
     known = (
         found.held.keys() | found.records.keys() | found.unreadable.keys()
         | found.incidents.keys() | found.in_flight.keys()
@@ -200,11 +202,8 @@ async def _ask_participants(engine: Engine, found: _Found) -> None:
     found.unreachable = unreachable
 
 
-async def _ask_log(
-    engine: Engine, found: _Found, finished_too: bool, also: TransactionId | None
-) -> None:
-    """After the participants, so that what they hold is judged by what was recorded since."""
-    log, after = engine.log, None
+async def _scan_log(log: Log, found: _Found, finished_too: bool) -> None:
+    after = None
     for incident in await log.incidents():
         xid = Xid.parse(incident.gid)
         if xid is not None:
@@ -218,9 +217,19 @@ async def _ask_log(
                 found.records[record.transaction] = record
         after = page.after
         if after is None:
-            break
-    looked_up = found.held.keys() | found.in_flight.keys() | found.incidents.keys()
-    for transaction in looked_up | ({also} if also else set()):
+            return
+
+
+async def _ask_members(engine: Engine, found: _Found) -> None:
+    found.alive = await engine.members.alive()
+    for member, beat in found.alive.items():
+        found.in_flight.update({each.transaction: (member, each) for each in beat.in_flight})
+
+
+async def _read_others(log: Log, found: _Found, also: TransactionId | None) -> None:
+    """What stands under the ids that others than the log have named."""
+    named = found.held.keys() | found.in_flight.keys() | found.incidents.keys()
+    for transaction in named | ({also} if also else set()):
         if transaction not in found.records and transaction not in found.unreadable:
             reading = await log.read(transaction)
             if reading.record is not None:

@@ -45,7 +45,7 @@ class ShownBranch(msgspec.Struct, frozen=True):
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """Everything about one transaction; `decision` is commit, abort, delegated, or nothing."""
+    """Everything about one transaction; `decision` is what the log says, or nothing."""
 
     view: View
     decision: str
@@ -105,13 +105,14 @@ def _put_together(view: View, picture: Picture, sweep_interval: float) -> Shown:
         ShownBranch(
             each.participant,
             each.branch,
-            _recorded(each, record),
+            "unreadable" if view.why_unreadable else _recorded(each, record),
             _holds(each, each.branch in held, picture),
             each.evidence,
         )
         for each in view.branches
     ]
-    decision = "nothing" if record is None else _decision(record)
+    nothing = "unreadable" if view.why_unreadable else "nothing"
+    decision = nothing if record is None else _decision(record)
     attachment = 0 if record is None else len(record.attachment)
     return Shown(view, decision, attachment, branches, _next(view, record, picture, sweep_interval))
 
@@ -165,8 +166,8 @@ def _next(view: View, record: Record | None, picture: Picture, sweep_interval: f
         within = f" within {left:.0f} s" if left and record is None else ""
         return f"its owner goes on with it{within}; what it does not end itself {end}{waits}"
     if picture.services:
-        return f"it {end} by the next sweep of a service, every {sweep_interval:g} s{waits}"
-    return f"no service runs: it {end} by `syncpoint recover`, or once one does{waits}"
+        return f"with a sweep of a service, every {sweep_interval:g} s, it {end}{waits}"
+    return f"no service runs: with `syncpoint recover`, or once one does, it {end}{waits}"
 
 
 def _show(shown: Shown, console: Console) -> None:
@@ -198,4 +199,4 @@ def _as_plain(shown: Shown, picture: Picture) -> dict[str, object]:
     plain: dict[str, object] = msgspec.to_builtins(shown.view)
     told: dict[str, object] = msgspec.to_builtins(shown)
     del told["view"]
-    return plain | told | {"unreachable": picture.unreachable}
+    return plain | told | {"ended": shown.view.ended, "unreachable": picture.unreachable}

@@ -55,15 +55,15 @@ def test_help_names_the_commands_and_nothing_that_is_not_there(
 ) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("demo", "recover", "check", "bench"):
+    for command in ("demo", "recover", "list", "show", "drain", "check", "bench"):
         assert f"│ {command} " in shown
-    for not_built in ("│ serve", "│ worker", "│ drain"):
+    for not_built in ("│ serve", "│ worker", "│ resolve"):
         assert not_built not in shown
     assert main([]) == 0
     assert capsys.readouterr().out == shown
 
 
-@pytest.mark.parametrize("command", ["demo", "recover", "check", "bench"])
+@pytest.mark.parametrize("command", ["demo", "recover", "list", "show", "drain", "check", "bench"])
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
