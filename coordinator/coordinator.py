@@ -206,6 +206,11 @@ class Coordinator:
             await log.close()
 
     @property
+    def is_closed(self) -> bool:
+        """Nobody has it open, nor has left it open on an event loop that has ended."""
+        return self._engine is None
+
+    @property
     def loop(self) -> asyncio.AbstractEventLoop | None:
         """The event loop on which it is open; None when it is not, also in a forked child."""
         if self._engine is None or self._process != os.getpid() or self._is_on_a_dead_loop:

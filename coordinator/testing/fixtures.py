@@ -42,7 +42,7 @@ def syncpoint_coordinator() -> Iterator[MakeCoordinator]:
     try:
         for coordinator in made:
             coordinator.blocking.close()
-            if coordinator.loop is not None:
+            if not coordinator.is_closed:
                 raise AssertionError(f"{coordinator!r} was left open: use `async with coordinator`")
             loop_thread.run(testing.assert_atomic(coordinator))
     finally:

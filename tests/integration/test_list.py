@@ -120,19 +120,6 @@ def test_what_nobody_decided_is_prepared_and_its_owner_dead(
     assert recovered(config, capsys)
 
 
-def test_two_are_shown_oldest_first(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    kill_at(*service(config, BEFORE_DECISION))
-    (first,) = listed(config, capsys)
-    with stopped_at(
-        "coordinator.commands.demo.transfer", str(config), BEFORE_DECISION, "4", str(AMOUNT)
-    ):
-        both = listed(config, capsys, "--all")
-        assert both[0]["transaction"] == first["transaction"] and len(both) == 2
-        assert both[0]["age_seconds"] > both[1]["age_seconds"]
-        assert [view["owner_alive"] for view in both] == [False, True]
-    assert recovered(config, capsys)
-
-
 def test_what_a_living_service_works_on_is_in_flight(
     config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:

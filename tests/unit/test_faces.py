@@ -43,6 +43,7 @@ PORT = ("open", "close", "prepare", "commit", "rollback", "commit_one_phase", "r
 EXCEPTIONS: dict[tuple[type, str], str] = {
     (Coordinator, "from_config"): "makes a coordinator, which then has both faces",
     (Coordinator, "options"): "internal: checks the arguments of both faces",
+    (Coordinator, "is_closed"): "the same coordinator, whichever face is used",
     (Coordinator, "loop"): "there is one loop, whichever face is used",
     (Coordinator, "participants"): "the same objects, whichever face is used",
     (Coordinator, "open.sweep"): "for a recovery run, which is asynchronous",
