@@ -27,7 +27,7 @@ from coordinator.errors import (
     OutcomeUnknown,
     TransactionAborted,
 )
-from coordinator.keys import Decided, check_key, decode_result, encode_result
+from coordinator.keys import check_key, decode_result, encode_result
 from coordinator.propagation import Place, Propagation, place_of
 from coordinator.scope import BlockingScope, Home, Options, Scope
 
@@ -80,7 +80,7 @@ def _asynchronous(function: F, body: _Body, engine: Callable[[], Engine]) -> F:
         scope = Scope(engine, options)
         try:
             transaction = await scope.__aenter__()
-        except Decided as decided:
+        except AlreadyDecided as decided:
             return body.first_result(decided)
         try:
             result = await function(*args, **kwargs)
@@ -122,7 +122,7 @@ def _synchronous(function: F, body: _Body, home: Home) -> F:
         scope = BlockingScope(home, options)
         try:
             transaction = scope.__enter__()
-        except Decided as decided:
+        except AlreadyDecided as decided:
             return body.first_result(decided)
         try:
             result = call(args, kwargs)
@@ -174,12 +174,10 @@ class _Body:
         key = None if how.key is None else check_key(how.key(*args, **kwargs))
         return Options(timeout=how.timeout, propagation=how.propagation, key=key, what=self.name)
 
-    def first_result(self, decided: Decided) -> Any:
-        """What the key's commit recorded; raises `AlreadyDecided` if that was nothing."""
+    def first_result(self, decided: AlreadyDecided) -> Any:
+        """What the key's commit recorded; raises `decided` if that was nothing."""
         if not self.how.record_result or not decided.attachment:
-            raise AlreadyDecided(
-                decided.key, transaction_id=decided.transaction_id, outcome=decided.outcome
-            ) from None
+            raise decided
         return decode_result(decided.attachment, self._result_type(), self.name)
 
     def _result_type(self) -> Any:

@@ -57,11 +57,17 @@ class OutcomeUnknown(TransactionError):
 
 
 class AlreadyDecided(TransactionError):
-    """The idempotency key was used before and its transaction has its outcome."""
+    """The idempotency key was used before and its transaction has its outcome.
 
-    def __init__(self, key: str, *, transaction_id: TransactionId, outcome: Outcome) -> None:
+    `attachment` is what was recorded with it: the encoded result, or nothing.
+    """
+
+    def __init__(
+        self, key: str, *, transaction_id: TransactionId, outcome: Outcome, attachment: bytes = b""
+    ) -> None:
         super().__init__(f"idempotency key {key!r} is {outcome} by transaction {transaction_id}")
         self.key = key
+        self.attachment = attachment
         self.transaction_id = transaction_id
         self.outcome = outcome
 

@@ -31,14 +31,6 @@ POLL_SECONDS_MOST = 0.25
 SPACE = "key"
 
 
-class Decided(AlreadyDecided):
-    """`AlreadyDecided` with what the commit recorded."""
-
-    def __init__(self, key: str, holder: TransactionId, attachment: bytes) -> None:
-        super().__init__(key, transaction_id=holder, outcome=Outcome.COMMITTED)
-        self.attachment = attachment
-
-
 def check_key(key: object) -> str:
     """The key, or `ConfigurationError` saying what a key may be."""
     if not isinstance(key, str):
@@ -69,8 +61,8 @@ def refuse_to_join(key: str | None) -> None:
 async def begin_under(engine: Engine, key: str, timeout: float) -> Driver:
     """Begin the key's next attempt when its turn has come; `timeout` in seconds from now.
 
-    Raises `Decided` if the key has committed, `TransactionAborted` (retryable) if another attempt
-    had it until the deadline, and what `engine.begin` raises.
+    Raises `AlreadyDecided` if the key has committed, `TransactionAborted` (retryable) if another
+    attempt had it until the deadline, and what `engine.begin` raises.
     """
     loop = asyncio.get_running_loop()
     deadline = loop.time() + timeout
@@ -80,7 +72,12 @@ async def begin_under(engine: Engine, key: str, timeout: float) -> Driver:
         attempt = Attempt(transaction, int(timeout * 1000), engine.member)
         state = await engine.log.name_attempt(claim, attempt, expected)
         if state.committed and state.holder is not None:
-            raise Decided(key, state.holder, state.attachment)
+            raise AlreadyDecided(
+                key,
+                transaction_id=state.holder,
+                outcome=Outcome.COMMITTED,
+                attachment=state.attachment,
+            )
         if state.holder is None and state.attempt == attempt:
             left = deadline - loop.time()
             return engine.begin(left, (claim,), transaction)
