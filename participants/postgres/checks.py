@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import psycopg
 
 from coordinator.errors import ConfigurationError
-from participants.postgres.connection import Configure, ServerConnection
+from participants.postgres.connection import ServerConnection
 from participants.postgres.location import Location
 from participants.postgres.replies import DatabaseUnavailable
 
@@ -27,14 +29,14 @@ _REFUSALS = {
 
 
 async def connect_checked(
-    name: str, location: Location, configure: Configure | None
+    name: str, location: Location, connect: Callable[[], Awaitable[ServerConnection]]
 ) -> ServerConnection:
-    """A first connection to a server that can take part in two-phase commit.
+    """A first connection, made by `connect`, to a server that can take part in two-phase commit.
 
     Raises `ConfigurationError` naming what is wrong, where, and the fix.
     """
     try:
-        session = await ServerConnection.open(location.conninfo, configure)
+        session = await connect()
     except psycopg.Error as error:
         wrong, fix = refusal(location, str(error))
         raise ConfigurationError(f"participant {name!r} {wrong}. Fix: {fix}") from error

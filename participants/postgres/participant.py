@@ -29,6 +29,7 @@ from coordinator.model import (
 )
 from coordinator.participant import Binding, Finding
 from participants.postgres.blocking import BlockingPostgreSQL
+from participants.postgres.checks import connect_checked
 from participants.postgres.connection import Configure
 from participants.postgres.enlisting import Enlisting
 from participants.postgres.guest import driver_of, refused
@@ -151,7 +152,7 @@ class PostgreSQL:
                 f"participant {self._name!r} is open already, for cluster "
                 f"{self._open.binding.cluster!r}: give each coordinator a participant of its own"
             )
-        first = await self._source.first(self._name)
+        first = await connect_checked(self._name, self._location, self._source.connect)
         self._open = Opened(self, binding, self._source, self._begin, first)
         return f"postgresql:{first.greeting.system_identifier}:{first.greeting.database}"
 

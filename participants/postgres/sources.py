@@ -11,7 +11,6 @@ from psycopg import AsyncConnection, BaseConnection, Connection
 from psycopg.pq import TransactionStatus
 
 from coordinator.errors import ConfigurationError, one_line
-from participants.postgres.checks import connect_checked, refusal, unfit
 from participants.postgres.connection import Configure, ServerConnection
 from participants.postgres.guest import comes_from_sqlalchemy
 from participants.postgres.location import Location
@@ -23,16 +22,16 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """How connections are made. Both raise nothing but what `ServerConnection.open` raises."""
+    """How connections are made."""
 
     location: Location
     engine: Engine | AsyncEngine | None
 
-    async def first(self, name: str) -> ServerConnection:
-        """A first connection to a server that can take part; see `checks.connect_checked`."""
-
     async def connect(self) -> ServerConnection:
-        """One more, in autocommit mode and outside any pool."""
+        """A new one, in autocommit mode and outside any pool.
+
+        Raises nothing but what `ServerConnection.open` raises.
+        """
 
 
 class UrlSource:
@@ -42,9 +41,6 @@ class UrlSource:
         self.location = Location(name, url)
         self.engine: Engine | AsyncEngine | None = None
         self._configure = configure
-
-    async def first(self, name: str) -> ServerConnection:
-        return await connect_checked(name, self.location, self._configure)
 
     async def connect(self) -> ServerConnection:
         return await ServerConnection.open(self.location.conninfo, self._configure)
@@ -66,25 +62,6 @@ class EngineSource:
         _, parameters = synchronous.dialect.create_connect_args(synchronous.url)
         self.location = Location.of_parameters(name, parameters)
         self._pool = synchronous.pool.recreate()
-
-    async def first(self, name: str) -> ServerConnection:
-        try:
-            session = await self.connect()
-        except psycopg.Error as error:
-            wrong, fix = refusal(self.location, str(error))
-            raise ConfigurationError(f"participant {name!r} {wrong}. Fix: {fix}") from error
-        except DatabaseUnavailable as error:
-            raise ConfigurationError(f"participant {name!r}: {error}") from error
-        found = session.greeting
-        problem = unfit(
-            session.pgconn.server_version, found.in_recovery, found.max_prepared_transactions
-        )
-        if problem is not None:
-            session.close()
-            _, wrong, fix = problem
-            where = self.location
-            raise ConfigurationError(f"participant {name!r} at {where}: {wrong}. Fix: {fix}")
-        return session
 
     async def connect(self) -> ServerConnection:
         from sqlalchemy.exc import DBAPIError
