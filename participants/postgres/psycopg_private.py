@@ -64,10 +64,10 @@ def with_face(
     return other
 
 
-def begin_statement(connection: BaseConnection[Any]) -> bytes:
+def begin_statement(connection: BaseConnection[Any]) -> str:
     """BEGIN, with the isolation level and the modes that were set on the connection."""
     statement: bytes = _begin_statement(connection)
-    return statement
+    return statement.decode()
 
 
 def forget_prepared_statements(connection: BaseConnection[Any]) -> None:

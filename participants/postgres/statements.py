@@ -120,15 +120,15 @@ class Begin(msgspec.Struct, frozen=True):
     lock_timeout_ms: int | None = None
     statement_timeout_ms: int | None = None
 
-    def statement(self, xid: Xid, greeting: Greeting, idle_limit_ms: int) -> bytes:
-        """BEGIN with the branch's marker, in one message.
+    def statement(self, begin: str, xid: Xid, greeting: Greeting, idle_limit_ms: int) -> bytes:
+        """BEGIN, as `begin` has it with its modes, and the branch's marker in one message.
 
         The idle limit makes the server itself drop the session, and its locks, when we vanish
         without a word.
         """
         apply = greeting.synchronous_commit == "remote_apply"
         parts = [
-            "BEGIN",
+            begin,
             f"SET LOCAL syncpoint.branch = {_gid(xid)}",
             f"SET LOCAL synchronous_commit = {'remote_apply' if apply else 'on'}",
             f"SET LOCAL idle_in_transaction_session_timeout = {idle_limit_ms:d}",

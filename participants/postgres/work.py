@@ -221,9 +221,9 @@ class Work:
     async def _ask_to_begin(self, session: ServerConnection, begin: statements.Begin) -> Reply:
         try:
             idle_limit_ms = int((max(self._terms.seconds_left, 0.0) + IDLE_GRACE_SECONDS) * 1000)
-            statement = begin.statement(self.xid, session.greeting, idle_limit_ms)
-            modes = psycopg_private.begin_statement(session.raw)
-            return await session.ask(statement.replace(b"BEGIN", modes, 1))
+            with_modes = psycopg_private.begin_statement(session.raw)
+            statement = begin.statement(with_modes, self.xid, session.greeting, idle_limit_ms)
+            return await session.ask(statement)
         except BaseException:
             self._give_back()
             raise

@@ -60,7 +60,7 @@ def test_the_private_names_of_psycopg_are_there() -> None:
         assert hasattr(connection, name), name
     assert callable(connection._prepared.clear)
     assert connection._pipeline is None and connection._adapters is None
-    assert psycopg_private.begin_statement(connection) == b"BEGIN"
+    assert psycopg_private.begin_statement(connection) == "BEGIN"
     connection._pool = None  # what tells psycopg not to warn that it was never closed
 
 
