@@ -9,5 +9,14 @@ from tests.support.postgres import (
     postgres_servers,
     second_database,
 )
+from tests.support.stage import config, stage
 
-__all__ = ["accounts", "database", "postgres_server", "postgres_servers", "second_database"]
+__all__ = [
+    "accounts",
+    "config",
+    "database",
+    "postgres_server",
+    "postgres_servers",
+    "second_database",
+    "stage",
+]

@@ -6,7 +6,6 @@ import asyncio
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,40 +14,18 @@ import pytest
 
 from coordinator.cli import main
 from coordinator.commands.demo.crash import kill_at, stopped_at
-from coordinator.commands.demo.stage import Database, Stage
+from coordinator.commands.demo.stage import Stage
 from coordinator.commands.demo.transfer import BEFORE_DECISION, BETWEEN_COMMITS
 from coordinator.log.sqlite import SQLiteLog
 from participants.postgres import PostgreSQL
-from participants.postgres.embedded import EmbeddedServer
 from tests.support.postgres import query
+from tests.support.stage import service
 
-TRANSFER = ("coordinator.commands.demo.transfer",)
-ARGUMENTS = ("3", "100")
 EVERYBODYS_FUNCTIONS = (
     "pg_control_system, pg_backend_pid, pg_is_in_recovery, pg_current_wal_lsn, pg_walfile_name, "
     "pg_prepared_xact, pg_current_xact_id, pg_current_xact_id_if_assigned, pg_xact_status, "
     "pg_stat_get_activity, pg_terminate_backend"
 )
-
-
-@pytest.fixture(scope="module")
-def stage(postgres_servers: tuple[EmbeddedServer, EmbeddedServer]) -> Iterator[Stage]:
-    first, second = (server.start() for server in postgres_servers)
-    stage = Stage(
-        Database("accounts", first, first.create_database("check_accounts")),
-        Database("ledger", second, second.create_database("check_ledger")),
-    )
-    for database in stage.databases:
-        database.create()
-    yield stage
-    for database in stage.databases:
-        query(database.server.url(), f"DROP DATABASE check_{database.name} WITH (FORCE)")
-
-
-@pytest.fixture
-def config(stage: Stage, tmp_path: Path) -> Path:
-    assert stage.prepared() == []
-    return stage.write_config(tmp_path)
 
 
 def told(capsys: pytest.CaptureFixture[str]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -94,7 +71,7 @@ def test_a_server_that_is_down_stops_no_other_check(
 def test_it_runs_beside_a_service_and_changes_nothing(
     config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with stopped_at(*TRANSFER, str(config), BEFORE_DECISION, *ARGUMENTS):
+    with stopped_at(*service(config, BEFORE_DECISION)):
         members = os.listdir(config.parent / "syncpoint.db.members")
         prepared = stage.prepared()
         assert len(prepared) == 2
@@ -110,7 +87,7 @@ def test_it_runs_beside_a_service_and_changes_nothing(
 def test_a_crashed_service_left_a_decision_unfinished(
     config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    kill_at(*TRANSFER, str(config), BETWEEN_COMMITS, *ARGUMENTS)
+    kill_at(*service(config, BETWEEN_COMMITS))
     assert main(["check", "--config", str(config), "--json"]) == 0
     _, found = told(capsys)
     assert "1 decisions are recorded" in found["decision log"]["unfinished"]["message"]
@@ -202,7 +179,7 @@ def test_the_proposed_role_can_commit_and_recover_and_no_more(
         _, found = told(capsys)
         assert found["accounts"]["role"]["level"] == found["ledger"]["role"]["level"] == "ok"
         before = stage.total()
-        kill_at(*TRANSFER, str(config), BETWEEN_COMMITS, *ARGUMENTS)
+        kill_at(*service(config, BETWEEN_COMMITS))
         owners = query(stage.ledger.url, "SELECT DISTINCT owner FROM pg_prepared_xacts")
         assert owners == [("shop_service",)]
         assert main(["recover", "--config", str(config)]) == 0

@@ -13,41 +13,15 @@ from psycopg import sql
 
 from coordinator.cli import main
 from coordinator.commands.demo.crash import kill_at, stopped_at
-from coordinator.commands.demo.stage import Database, Stage
+from coordinator.commands.demo.stage import Stage
 from coordinator.commands.demo.transfer import BEFORE_DECISION, BETWEEN_COMMITS
 from coordinator.model import Xid
-from participants.postgres.embedded import EmbeddedServer
-
-ACCOUNT, AMOUNT = 3, 100
-
-
-def service(config: Path, point: str) -> tuple[str, ...]:
-    """The module and arguments of a service that stops at a point of its first transfer."""
-    return ("coordinator.commands.demo.transfer", str(config), point, str(ACCOUNT), str(AMOUNT))
+from tests.support.stage import ACCOUNT, AMOUNT, service
 
 
 def crash(config: Path, point: str) -> None:
     """Kill a service in the middle of one transfer."""
     kill_at(*service(config, point))
-
-
-@pytest.fixture(scope="module")
-def stage(postgres_servers: tuple[EmbeddedServer, EmbeddedServer]) -> Stage:
-    first, second = (server.start() for server in postgres_servers)
-    stage = Stage(
-        Database("accounts", first, first.create_database("cli_accounts")),
-        Database("ledger", second, second.create_database("cli_ledger")),
-    )
-    for database in stage.databases:
-        database.create()
-    return stage
-
-
-@pytest.fixture
-def config(stage: Stage, tmp_path: Path) -> Path:
-    """Of a service whose log is new."""
-    assert stage.prepared() == []
-    return stage.write_config(tmp_path)
 
 
 def test_help_names_the_commands_and_nothing_that_is_not_there(

@@ -14,39 +14,13 @@ from psycopg import sql
 
 from coordinator.cli import main
 from coordinator.commands.demo.crash import kill_at, stopped_at
-from coordinator.commands.demo.stage import Database, Stage
+from coordinator.commands.demo.stage import Stage
 from coordinator.commands.demo.transfer import BEFORE_DECISION, BETWEEN_COMMITS
 from coordinator.coordinator import Coordinator
 from coordinator.engine import now_ms
 from coordinator.model import BranchId, Xid, id_floor
 from participants.postgres import PostgreSQL
-from participants.postgres.embedded import EmbeddedServer
-
-ACCOUNT, AMOUNT = 3, 100
-
-
-def service(config: Path, point: str) -> tuple[str, ...]:
-    """A service that stops at a point of its first transfer."""
-    return ("coordinator.commands.demo.transfer", str(config), point, str(ACCOUNT), str(AMOUNT))
-
-
-@pytest.fixture(scope="module")
-def stage(postgres_servers: tuple[EmbeddedServer, EmbeddedServer]) -> Stage:
-    first, second = (server.start() for server in postgres_servers)
-    stage = Stage(
-        Database("accounts", first, first.create_database("list_accounts")),
-        Database("ledger", second, second.create_database("list_ledger")),
-    )
-    for database in stage.databases:
-        database.create()
-    return stage
-
-
-@pytest.fixture
-def config(stage: Stage, tmp_path: Path) -> Path:
-    """Of a service whose log is new."""
-    assert stage.prepared() == []
-    return stage.write_config(tmp_path)
+from tests.support.stage import service
 
 
 def listed(config: Path, capsys: pytest.CaptureFixture[str], *options: str) -> list[dict[str, Any]]:

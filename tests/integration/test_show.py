@@ -15,40 +15,15 @@ from psycopg import sql
 
 from coordinator.cli import main
 from coordinator.commands.demo.crash import kill_at, stopped_at
-from coordinator.commands.demo.stage import Database, Stage
+from coordinator.commands.demo.stage import Stage
 from coordinator.commands.demo.transfer import BEFORE_DECISION, BETWEEN_COMMITS, MOVE
 from coordinator.coordinator import Coordinator
 from coordinator.model import Xid
 from participants.postgres import PostgreSQL
-from participants.postgres.embedded import EmbeddedServer
+from tests.support.stage import ACCOUNT, service
 
-ACCOUNT, AMOUNT = 3, 100
 YOUNGEST = "ffffffff-ffff-7fff-bfff-ffffffffffff"
 OLDEST = "00000000-0000-7000-8000-000000000000"
-
-
-def service(config: Path, point: str) -> tuple[str, ...]:
-    """A service that stops at a point of its first transfer."""
-    return ("coordinator.commands.demo.transfer", str(config), point, str(ACCOUNT), str(AMOUNT))
-
-
-@pytest.fixture(scope="module")
-def stage(postgres_servers: tuple[EmbeddedServer, EmbeddedServer]) -> Stage:
-    first, second = (server.start() for server in postgres_servers)
-    stage = Stage(
-        Database("accounts", first, first.create_database("show_accounts")),
-        Database("ledger", second, second.create_database("show_ledger")),
-    )
-    for database in stage.databases:
-        database.create()
-    return stage
-
-
-@pytest.fixture
-def config(stage: Stage, tmp_path: Path) -> Path:
-    """Of a service whose log is new."""
-    assert stage.prepared() == []
-    return stage.write_config(tmp_path)
 
 
 def xid_of(gid: str) -> Xid:
