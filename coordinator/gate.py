@@ -85,6 +85,11 @@ class Line(Generic[_T]):
                 return item
         return None
 
+    def refuse_all(self, reason: str) -> None:
+        """End every wait with `TimeoutError(reason)`."""
+        for turn in list(self._turns):
+            self._refuse(turn, lambda: reason)
+
     def _refuse(self, turn: asyncio.Future[None], refusal: Callable[[], str]) -> None:
         if not turn.done():
             turn.set_exception(TimeoutError(refusal()))

@@ -7,10 +7,12 @@ caller's deadline, and a connection that is not clean is closed instead of being
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import Awaitable, Callable
 
+from coordinator.gate import Line
 from participants.postgres.connection import ServerConnection
+
+CLOSED = "the pool is closed"
 
 Open = Callable[[], Awaitable[ServerConnection]]
 
@@ -26,7 +28,7 @@ class Pool:
         self._idle: list[ServerConnection] = []
         self._slots = size
         self._beyond: set[ServerConnection] = set()
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._line: Line[str] = Line(undo=lambda _: self._give_slot())
         self._closed = False
 
     async def acquire(self, until: float, *, nested: bool = False) -> ServerConnection:
@@ -41,17 +43,19 @@ class Pool:
                 connection = await self._open_connection()
             self._beyond.add(connection)
             return connection
-        async with asyncio.timeout_at(until) if self._must_wait else _NO_TIMEOUT:
-            await self._take_slot()
-            try:
-                return self._idle.pop() if self._idle else await self._open_connection()
-            except BaseException:
-                self._give_slot()
-                raise
+        await self._take_slot(until)
+        if self._idle:
+            return self._idle.pop()
+        try:
+            async with asyncio.timeout_at(until):
+                return await self._open_connection()
+        except BaseException:
+            self._give_slot()
+            raise
 
     def acquire_idle(self) -> ServerConnection | None:
         """An idle connection if there is one this very moment; never waits, never opens."""
-        if not self._idle or not self._slots or self._waiters:
+        if not self._idle or self._must_queue:
             return None
         self._slots -= 1
         return self._idle.pop()
@@ -94,55 +98,24 @@ class Pool:
         """Close the idle ones now, the others as they are released; who waits is refused."""
         self._closed = True
         self._close_idle()
-        for waiter in self._waiters:
-            if not waiter.done():
-                waiter.set_exception(TimeoutError("the pool is closed"))
-        self._waiters.clear()
-
-    @property
-    def _must_wait(self) -> bool:
-        return not (self._idle and self._slots)
+        self._line.refuse_all(CLOSED)
 
     @property
     def _must_queue(self) -> bool:
-        return not self._slots or bool(self._waiters)
+        return not self._slots or bool(self._line)
 
     def _close_idle(self) -> None:
         while self._idle:
             self._idle.pop().close()
 
-    async def _take_slot(self) -> None:
+    async def _take_slot(self, until: float) -> None:
         if self._closed:
-            raise TimeoutError("the pool is closed")
-        if not self._must_queue:
+            raise TimeoutError(CLOSED)
+        if self._must_queue:
+            await self._line.wait("a slot", until, lambda: "no connection came free")
+        else:
             self._slots -= 1
-            return
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            if waiter in self._waiters:
-                self._waiters.remove(waiter)
-            elif not waiter.cancelled() and waiter.exception() is None:
-                self._give_slot()  # it was given in the moment of the cancellation
-            raise
 
     def _give_slot(self) -> None:
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                waiter.set_result(None)
-                return
-        self._slots += 1
-
-
-class _NoTimeout:
-    async def __aenter__(self) -> None:
-        return None
-
-    async def __aexit__(self, *_: object) -> None:
-        return None
-
-
-_NO_TIMEOUT = _NoTimeout()
+        if self._line.serve() is None:
+            self._slots += 1

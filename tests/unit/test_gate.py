@@ -279,6 +279,18 @@ async def test_nobody_stands_in_a_line_after_a_wait_that_failed() -> None:
     assert not line and line.serve() is None
 
 
+@virtual
+async def test_a_line_that_is_closed_refuses_all_who_wait() -> None:
+    line: Line[str] = Line(undo=lambda item: None)
+    waiting = [asyncio.create_task(line.wait(each, FOR_EVER, str)) for each in "ab"]
+    await settle()
+    line.refuse_all("closed")
+    for each in waiting:
+        with pytest.raises(TimeoutError, match="closed"):
+            await each
+    assert not line and line.serve() is None
+
+
 class Walk:
     """Clients that come, work, wait for something else, are cancelled, and give up, at random.
 
