@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
@@ -83,6 +83,11 @@ class Coordinator:
     def participants(self) -> Sequence[Participant]:
         """What takes part, as given."""
         return tuple(self._participants.values())
+
+    @property
+    def unreachable(self) -> Mapping[str, str]:
+        """Participants that could not be opened and were left out, and why; see `open`."""
+        return {} if self._recovery is None else self._recovery.unreachable
 
     # Opening and closing.
 

@@ -17,7 +17,7 @@ import msgspec
 from coordinator.driver import Driver
 from coordinator.engine import Engine, now_ms
 from coordinator.errors import LogUnavailable
-from coordinator.log.base import Incident, Record, Unreadable
+from coordinator.log.base import PAGE, Incident, Record, Unreadable, every_record
 from coordinator.members.base import Beat
 from coordinator.model import Branch, MemberId, Outcome, TransactionId
 from coordinator.participant import Participant
@@ -26,7 +26,6 @@ from coordinator.sweep import Case, Watch, clear_mark, horizon_candidate
 
 logger = logging.getLogger("syncpoint.recovery")
 
-PAGE = 1_000
 DRIVEN_AT_ONCE = 16
 HOUSEKEEPING_SECONDS = 5.0
 
@@ -61,8 +60,8 @@ class Recovery:
     """
 
     def __init__(self, engine: Engine, unreachable: Mapping[str, str]) -> None:
+        self.unreachable = unreachable
         self._engine = engine
-        self._unreachable = unreachable
         self._watch = Watch(engine.settings.timeout_max)
         self._kept_house = float("-inf")
         self._complained: dict[str, str] = {}
@@ -86,7 +85,7 @@ class Recovery:
         `progress` is told how many of how many cases are done. Raises `LogUnavailable` when the log
         does not answer; then nothing was presumed.
         """
-        engine, report = self._engine, Round(unreachable=dict(self._unreachable))
+        engine, report = self._engine, Round(unreachable=dict(self.unreachable))
         await engine.write_marks()  # else our own finished transactions look unfinished
         alive = await engine.members.alive()
         engine.members_seen = max(len(alive), 1)
@@ -126,42 +125,26 @@ class Recovery:
     # Observing.
 
     async def _scan_participants(self, report: Round) -> dict[str, list[Branch]]:
-        participants = list(self._engine.participants.values())
-        scans = await asyncio.gather(
-            *(self._scan(participant) for participant in participants), return_exceptions=True
-        )
-        found: dict[str, list[Branch]] = {}
-        for participant, scan in zip(participants, scans, strict=True):
-            if isinstance(scan, BaseException):
-                why = str(scan) or type(scan).__name__
-                report.unreachable[participant.name] = why
-                self._complain(participant.name, f"cannot list its branches: {why}")
-            else:
-                self._complained.pop(participant.name, None)
-                found[participant.name] = scan
+        found, failures = await scan_participants(self._engine)
+        report.unreachable.update(failures)
+        for name, why in failures.items():
+            self._complain(name, f"cannot list its branches: {why}")
+        for name in found:
+            self._complained.pop(name, None)
         return found
-
-    async def _scan(self, participant: Participant) -> list[Branch]:
-        async with asyncio.timeout(self._engine.settings.scan_timeout):
-            return list(await participant.recover())
 
     async def _read_records(
         self, seen: Iterable[Branch], report: Round
     ) -> dict[TransactionId, Record]:
         """The unfinished records, and those that stand under the ids that were seen."""
-        log, after = self._engine.log, None
+        log = self._engine.log
         records: dict[TransactionId, Record] = {}
-        while True:
-            page = await log.scan(after, PAGE)
-            for record in page.records:
-                if isinstance(record, Unreadable):
-                    report.unreadable[record.transaction] = record.why
-                    self._complain(record.transaction, f"its record cannot be read: {record.why}")
-                else:
-                    records[record.transaction] = record
-            after = page.after
-            if after is None:
-                break
+        async for record in every_record(log):
+            if isinstance(record, Unreadable):
+                report.unreadable[record.transaction] = record.why
+                self._complain(record.transaction, f"its record cannot be read: {record.why}")
+            else:
+                records[record.transaction] = record
         for transaction in {branch.xid.transaction for branch in seen}:
             if transaction in records or transaction in report.unreadable:
                 continue
@@ -218,7 +201,7 @@ class Recovery:
             participant = self._engine.participants.get(branch.participant)
             if participant is None:
                 continue
-            still = {each.id for each in await self._scan(participant)}
+            still = {each.id for each in await _scan(self._engine, participant)}
             if branch.id not in still:
                 continue
             incident = Incident(
@@ -276,6 +259,27 @@ class Recovery:
         if self._complained.get(about) != why:
             self._complained[about] = why
             logger.warning("%s: %s", about, why)
+
+
+async def scan_participants(engine: Engine) -> tuple[dict[str, list[Branch]], dict[str, str]]:
+    """What each participant of the engine holds of ours, and why the others could not say."""
+    participants = list(engine.participants.values())
+    scans = await asyncio.gather(
+        *(_scan(engine, participant) for participant in participants), return_exceptions=True
+    )
+    found: dict[str, list[Branch]] = {}
+    failures: dict[str, str] = {}
+    for participant, scan in zip(participants, scans, strict=True):
+        if isinstance(scan, BaseException):
+            failures[participant.name] = str(scan) or type(scan).__name__
+        else:
+            found[participant.name] = scan
+    return found, failures
+
+
+async def _scan(engine: Engine, participant: Participant) -> list[Branch]:
+    async with asyncio.timeout(engine.settings.scan_timeout):
+        return list(await participant.recover())
 
 
 def _is_parked(record: Record, incidents: set[str]) -> bool:

@@ -21,10 +21,10 @@ from coordinator.commands.output import messages, print_json, results
 from coordinator.coordinator import Coordinator
 from coordinator.engine import PUBLISHED_AFTER_SECONDS, Engine, now_ms
 from coordinator.errors import ConfigurationError, one_line
-from coordinator.log.base import Incident, Log, Record, Unreadable
+from coordinator.log.base import Incident, Log, Record, Unreadable, every_record
 from coordinator.members.base import Beat, InFlight
 from coordinator.model import Branch, MemberId, TransactionId, Verdict, Xid, id_time_ms
-from coordinator.recovery import PAGE
+from coordinator.recovery import scan_participants
 
 ROWS_MAX = 50
 ENDED = frozenset({"ended", "gone"})
@@ -140,13 +140,11 @@ def tell_unreachable(picture: Picture) -> None:
         messages().print(escape(f"syncpoint: {one_line(line)}"), soft_wrap=True)
 
 
-async def look_once(
-    coordinator: Coordinator, finished_too: bool = False, also: TransactionId | None = None
-) -> Picture:
+async def look_once(coordinator: Coordinator, finished_too: bool) -> Picture:
     """Open the coordinator, `look`, and close it again."""
     await coordinator.open(sweep=False, tolerate_unreachable=True)
     try:
-        return await look(coordinator, finished_too=finished_too, also=also)
+        return await look(coordinator, finished_too=finished_too)
     finally:
         await coordinator.close()
 
@@ -162,9 +160,7 @@ async def look(
     The coordinator is open without a sweep. Raises `LogUnavailable`.
     """
     engine = coordinator.engine()
-    unreachable = (await coordinator.recover(dry_run=True)).unreachable
-    names = {each.name for each in coordinator.participants}
-    found = _Found(names, unreachable)
+    found = _Found({each.name for each in coordinator.participants}, coordinator.unreachable)
     # In this order: what a participant holds is judged by what was recorded since, and an owner
     # that is not there at last is dead, and not just starting.
     await _ask_participants(engine, found)
@@ -186,38 +182,23 @@ async def look(
 
 
 async def _ask_participants(engine: Engine, found: _Found) -> None:
-    unreachable = dict(found.unreachable)
-
-    async def ask(name: str) -> None:
-        try:
-            async with asyncio.timeout(engine.settings.scan_timeout):
-                branches = await engine.participants[name].recover()
-        except Exception as error:
-            unreachable[name] = str(error) or type(error).__name__
-            return
+    scans, failures = await scan_participants(engine)
+    found.unreachable = {**found.unreachable, **failures}
+    for branches in scans.values():
         for branch in branches:
             found.held.setdefault(branch.xid.transaction, []).append(branch)
 
-    await asyncio.gather(*(ask(name) for name in engine.participants if name not in unreachable))
-    found.unreachable = unreachable
-
 
 async def _scan_log(log: Log, found: _Found, finished_too: bool) -> None:
-    after = None
     for incident in await log.incidents():
         xid = Xid.parse(incident.gid)
         if xid is not None:
             found.incidents.setdefault(xid.transaction, []).append(incident)
-    while True:
-        page = await log.scan(after, PAGE, unfinished_only=not finished_too)
-        for record in page.records:
-            if isinstance(record, Unreadable):
-                found.unreadable[record.transaction] = record.why
-            else:
-                found.records[record.transaction] = record
-        after = page.after
-        if after is None:
-            return
+    async for record in every_record(log, unfinished_only=not finished_too):
+        if isinstance(record, Unreadable):
+            found.unreadable[record.transaction] = record.why
+        else:
+            found.records[record.transaction] = record
 
 
 async def _ask_members(engine: Engine, found: _Found) -> None:

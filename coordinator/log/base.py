@@ -16,7 +16,7 @@ What every implementation promises, and `tests/conformance` checks:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 import msgspec
@@ -31,6 +31,9 @@ from coordinator.model import (
     TransactionId,
     Verdict,
 )
+
+PAGE = 1_000
+"""How many records are read or forgotten in one step."""
 
 
 class Proposal(msgspec.Struct, frozen=True):
@@ -290,3 +293,17 @@ class Housekeeping(Protocol):
 
 class Log(DecisionLog, Housekeeping, Protocol):
     """A whole decision log."""
+
+
+async def every_record(
+    log: Housekeeping, *, unfinished_only: bool = True
+) -> AsyncIterator[Record | Unreadable]:
+    """A whole scan, in the order of ids, a page at a time."""
+    after: TransactionId | None = None
+    while True:
+        page = await log.scan(after, PAGE, unfinished_only=unfinished_only)
+        for record in page.records:
+            yield record
+        after = page.after
+        if after is None:
+            return

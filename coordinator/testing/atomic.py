@@ -8,10 +8,10 @@ from collections.abc import Iterable
 from coordinator.context import running
 from coordinator.coordinator import Coordinator
 from coordinator.errors import ConfigurationError, LogUnavailable, TransactionError
-from coordinator.log.base import Record, Unreadable
+from coordinator.log.base import Record, Unreadable, every_record
 from coordinator.model import EndingKind, TransactionId, Verdict
 from coordinator.participant import LastResource
-from coordinator.recovery import PAGE, Round
+from coordinator.recovery import Round
 
 POLL_SECONDS = 0.02
 
@@ -103,16 +103,11 @@ async def _incidents(coordinator: Coordinator) -> list[str]:
 
 async def _against_the_log(coordinator: Coordinator) -> list[str]:
     """The branches of recorded commits that did not commit, as their participants tell."""
-    log, after = coordinator.engine().log, None
     wrong: list[str] = []
-    while True:
-        page = await log.scan(after, PAGE, unfinished_only=False)
-        for record in page.records:
-            if not isinstance(record, Unreadable) and _is_commit(record):
-                wrong += await _not_committed(coordinator, record)
-        after = page.after
-        if after is None:
-            return wrong
+    async for record in every_record(coordinator.engine().log, unfinished_only=False):
+        if not isinstance(record, Unreadable) and _is_commit(record):
+            wrong += await _not_committed(coordinator, record)
+    return wrong
 
 
 def _is_commit(record: Record) -> bool:

@@ -45,6 +45,7 @@ EXCEPTIONS: dict[tuple[type, str], str] = {
     (Coordinator, "options"): "internal: checks the arguments of both faces",
     (Coordinator, "is_closed"): "the same coordinator, whichever face is used",
     (Coordinator, "loop"): "there is one loop, whichever face is used",
+    (Coordinator, "unreachable"): "the same objects, whichever face is used",
     (Coordinator, "participants"): "the same objects, whichever face is used",
     (Coordinator, "open.sweep"): "for a recovery run, which is asynchronous",
     (Coordinator, "open.tolerate_unreachable"): "for a recovery run, which is asynchronous",
