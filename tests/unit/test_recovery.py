@@ -10,7 +10,7 @@ import pytest
 
 from coordinator.engine import Engine, draw_member_id, now_ms
 from coordinator.errors import LogUnavailable
-from coordinator.log.base import LogIdentity, Mark, Proposal, Record
+from coordinator.log.base import LogIdentity, Mark, Proposal, Record, every_record
 from coordinator.log.memory import MemoryLog
 from coordinator.log.register import Register
 from coordinator.members.base import Beat, InFlight
@@ -295,3 +295,14 @@ async def test_a_clock_that_was_set_back_begins_nothing(monkeypatch: pytest.Monk
         with pytest.raises(LogUnavailable, match="has said"):
             engine.draw()
         assert not engine.drivers
+
+
+async def test_every_record_is_read_page_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.log.base.PAGE", 2)
+    async with engine_with(Scripted("a")) as bench:
+        ids = [bench.engine.draw() for _ in range(5)]
+        for each in reversed(ids):
+            await bench.log.propose(Proposal(each, ABORT))
+        read = [each.transaction async for each in every_record(bench.log, unfinished_only=False)]
+        assert read == sorted(ids)
+        assert [each async for each in every_record(bench.log)] == []
