@@ -4,13 +4,18 @@ A record begins with one byte, the version of its format; a MessagePack array fo
 place of a record implies (its log and its transaction) is not repeated in it, and ids are stored as
 the bytes that their digits name, so that the order of packed ids is the order of ids.
 
-A later version may append fields: decoding ignores what it does not know, and a log never rewrites
-the bytes of a record, so nothing is lost by an older program. Whatever cannot be encoded or decoded
-raises `ValueError` saying why.
+The last element of the array is a checksum of everything before it and of the transaction's id: a
+changed bit could otherwise name another branch, and the one that was meant would be rolled back.
+Records of five elements come from the first programs, which wrote none and pass it over.
+
+A later version may add fields before the checksum: decoding ignores what it does not know, and a
+log never rewrites the bytes of a record, so nothing is lost by an older program. Whatever cannot be
+encoded or decoded raises `ValueError` saying why.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 
 import msgspec
@@ -55,6 +60,10 @@ class _Body(msgspec.Struct, array_like=True, frozen=True):
 
 
 _VERSION = bytes([FORMAT_VERSION])
+_WITHOUT_CHECKSUM = b"\x95"
+"""How MessagePack begins an array of five elements; a longer one, of up to fifteen, is above."""
+_CHECKSUM_BYTES = 4
+_NO_CHECKSUM = bytes(_CHECKSUM_BYTES)
 _encoder = msgspec.msgpack.Encoder()
 _decoder = msgspec.msgpack.Decoder(_Body)
 
@@ -83,8 +92,10 @@ def encode(
         [(branch.participant, branch.token) for branch in decision.branches],
         None if last is None else (last.participant, last.token),
         attachment,
+        _NO_CHECKSUM,
     )
-    data = _VERSION + _encoder.encode(body)
+    data = (_VERSION + _encoder.encode(body))[:-_CHECKSUM_BYTES]
+    data += checksum(data, transaction)
     if len(data) > RECORD_BYTES_MAX:
         raise ValueError(
             f"the record of transaction {transaction} has {len(data)} bytes, more than the "
@@ -99,19 +110,8 @@ def decode(data: bytes, *, log: LogId, transaction: TransactionId) -> tuple[Deci
 
     Raises `ValueError` for bytes that this version of the program cannot read.
     """
-    if data[:1] != _VERSION:
-        found = f"format {data[0]}" if data else "no bytes"
-        raise ValueError(
-            f"the record of transaction {transaction} has {found}, and this version of Syncpoint "
-            f"reads format {FORMAT_VERSION}: it is damaged, or a newer version wrote it"
-        )
-    try:
-        body = _decoder.decode(memoryview(data)[1:])
-        parts = body.parts if body.last_resource is None else (*body.parts, body.last_resource)
-        if len(body.ids) != 2 * BRANCH_BYTES * len(parts):
-            raise ValueError(f"{len(body.ids)} bytes of ids for {len(parts)} branches")
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise ValueError(f"the record of transaction {transaction} is damaged: {error}") from error
+    body = _body(data, transaction)
+    parts = body.parts if body.last_resource is None else (*body.parts, body.last_resource)
     digits = body.ids.hex()
     branches = [
         Branch(
@@ -129,6 +129,39 @@ def decode(data: bytes, *, log: LogId, transaction: TransactionId) -> tuple[Deci
     last = None if body.last_resource is None else branches.pop()
     decision = Decision(body.verdict, tuple(branches), last)
     return decision, body.attachment
+
+
+def verdict_of(data: bytes, *, transaction: TransactionId) -> Verdict:
+    """The verdict alone, for less; raises `ValueError` where `decode` does."""
+    return _body(data, transaction).verdict
+
+
+def checksum(data: bytes, transaction: TransactionId) -> bytes:
+    """What follows `data` in a record of this transaction."""
+    return zlib.crc32(data, zlib.crc32(transaction.encode())).to_bytes(_CHECKSUM_BYTES, "big")
+
+
+def _body(data: bytes, transaction: TransactionId) -> _Body:
+    if data[:1] != _VERSION:
+        found = f"format {data[0]}" if data else "no bytes"
+        raise ValueError(
+            f"the record of transaction {transaction} has {found}, and this version of Syncpoint "
+            f"reads format {FORMAT_VERSION}: it is damaged, or a newer version wrote it"
+        )
+    try:
+        if data[1:2] > _WITHOUT_CHECKSUM and _is_changed(data, transaction):
+            raise ValueError("its checksum is another one")
+        body = _decoder.decode(memoryview(data)[1:])
+        count = len(body.parts) + (body.last_resource is not None)
+        if len(body.ids) != 2 * BRANCH_BYTES * count:
+            raise ValueError(f"{len(body.ids)} bytes of ids for {count} branches")
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise ValueError(f"the record of transaction {transaction} is damaged: {error}") from error
+    return body
+
+
+def _is_changed(data: bytes, transaction: TransactionId) -> bool:
+    return data[-_CHECKSUM_BYTES:] != checksum(data[:-_CHECKSUM_BYTES], transaction)
 
 
 def pack_transaction(transaction: TransactionId) -> bytes:

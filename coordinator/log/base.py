@@ -21,6 +21,7 @@ from typing import Protocol
 
 import msgspec
 
+from coordinator.errors import LogUnavailable
 from coordinator.model import (
     BranchId,
     Claim,
@@ -132,10 +133,20 @@ class KeyState(msgspec.Struct, frozen=True):
 
 
 class Unreadable(msgspec.Struct, frozen=True):
-    """A record that cannot be decoded. It parks its own transaction and stops no other."""
+    """A record that cannot be decoded. It parks its own transaction and stops no other.
+
+    It is neither absent nor ever deleted: `propose` and `read` of its id raise `RecordUnreadable`.
+    """
 
     transaction: TransactionId
     why: str
+
+
+class RecordUnreadable(LogUnavailable):
+    """What stands under this id cannot be decoded here; of all others the log answers.
+
+    As after any other `LogUnavailable` nothing may be presumed of the transaction.
+    """
 
 
 class Page(msgspec.Struct, frozen=True):
@@ -146,7 +157,11 @@ class Page(msgspec.Struct, frozen=True):
 
 
 class LogIdentity(msgspec.Struct, frozen=True):
-    """Drawn at the log's first opening and kept for ever, also by its backups."""
+    """`id` is drawn at the log's first opening and kept for ever, also by its backups.
+
+    The log knows of all that was decided since `created_ms`, where its horizon began: its first
+    opening, or the last time that a backup was restored.
+    """
 
     id: LogId
     created_ms: int
@@ -171,6 +186,20 @@ class Incident(msgspec.Struct, frozen=True):
     kind: EndingKind | None
     evidence: str
     noticed_ms: int
+
+
+class Word(msgspec.Struct, frozen=True):
+    """What a person said about a branch or a transaction, write-once.
+
+    `subject` is a branch's gid or a transaction's id. `verdict` None acknowledges and orders
+    nothing. `by` is who said it, `given_ms` when, by the clock of who wrote it down.
+    """
+
+    subject: str
+    verdict: Verdict | None
+    reason: str
+    by: str
+    given_ms: int
 
 
 class Resource(msgspec.Struct, frozen=True):
@@ -258,7 +287,8 @@ class Housekeeping(Protocol):
 
         Claims with their attachments, and names of attempts, go when their transaction began before
         `claims_before_ms` and below the horizon: up to `limit` of each. The oldest go first. A
-        claim stays as long as the record of its holder, which may still be unresolved.
+        claim stays as long as the record of its holder, which may still be unresolved. A record
+        that cannot be read is passed over: it stays for good.
         """
 
     async def register(self, name: str, identity: str, now_ms: int) -> Resource:
@@ -289,6 +319,17 @@ class Housekeeping(Protocol):
 
     async def acknowledge(self, gid: str) -> bool:
         """A person has dealt with it: drop the incident and mark its branch ended, if named."""
+
+    async def give_word(self, word: Word) -> Word:
+        """Record a person's word unless one stands for its subject; returns the one that stands.
+
+        Durable when it returns. Words are never forgotten: people give few of them, and each is
+        the evidence of why a branch ended as it did. It decides nothing by itself, and neither
+        drops an incident nor marks a branch.
+        """
+
+    async def words(self) -> Sequence[Word]:
+        """All words ever given, oldest first."""
 
 
 class Log(DecisionLog, Housekeeping, Protocol):

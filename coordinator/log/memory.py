@@ -22,6 +22,7 @@ from coordinator.log.base import (
     Proposal,
     Reading,
     Resource,
+    Word,
 )
 from coordinator.log.register import Register
 from coordinator.model import Claim, LogId, TransactionId, Verdict
@@ -104,6 +105,12 @@ class MemoryLog:
 
     async def acknowledge(self, gid: str) -> bool:
         return self._ready().acknowledge(gid)
+
+    async def give_word(self, word: Word) -> Word:
+        return self._ready().give_word(word)
+
+    async def words(self) -> Sequence[Word]:
+        return self._ready().words()
 
     def _ready(self) -> Register:
         if not self._open:

@@ -27,6 +27,7 @@ from coordinator.log.base import (
     Record,
     Resource,
     Stands,
+    Word,
 )
 from coordinator.model import Claim, TransactionId, Verdict, Xid, id_floor
 
@@ -49,6 +50,7 @@ class Register:
         self._attempts: dict[Claim, Attempt] = {}
         self._resources: dict[str, Resource] = {}
         self._incidents: dict[str, Incident] = {}
+        self._words: dict[str, Word] = {}
 
     def propose(self, proposal: Proposal) -> Answer:
         standing = self._records.get(proposal.transaction)
@@ -191,6 +193,12 @@ class Register:
         if xid is not None:
             self.finish([Mark(xid.transaction, xid.branch)])
         return True
+
+    def give_word(self, word: Word) -> Word:
+        return self._words.setdefault(word.subject, word)
+
+    def words(self) -> Sequence[Word]:
+        return tuple(sorted(self._words.values(), key=lambda each: each.given_ms))
 
 
 def _oldest(taken: dict[Claim, TransactionId], before: TransactionId, limit: int) -> list[Claim]:

@@ -16,6 +16,7 @@ from coordinator.log.base import (
     Mark,
     Proposal,
     Record,
+    Word,
 )
 from coordinator.model import ABORT, EndingKind, TransactionId, Verdict, id_floor, id_time_ms
 from tests.conformance.log_suite import KEY, MEMBER, Place, check, finish_all, stands
@@ -234,6 +235,62 @@ async def an_incident_is_kept_until_it_is_acknowledged(place: Place) -> None:
 
 
 @check
+async def a_word_is_written_once(place: Place) -> None:
+    one, other = await place.open(), await place.open()
+    assert list(await one.words()) == []
+    transaction = place.draw()
+    gid = str(place.branch(transaction, "orders").xid)
+    later = Word(gid, Verdict.COMMIT, "the payment stands", "ann", 2_000)
+    earlier = Word(str(transaction), None, "seen", "bob", 1_000)
+    assert await one.give_word(later) == later
+    assert await other.give_word(earlier) == earlier
+    for second in (
+        Word(gid, Verdict.ABORT, "changed my mind", "ann", 3_000),
+        Word(gid, None, "seen", "bob", 500),
+        later,
+    ):
+        assert await other.give_word(second) == later
+    assert list(await one.words()) == [earlier, later]
+    assert (await one.read(transaction)).record is None, "a word decides nothing"
+
+
+@check
+async def one_of_the_racing_words_stands(place: Place) -> None:
+    logs = [await place.open() for _ in range(3)]
+    for number in range(10):
+        verdicts = (Verdict.COMMIT, Verdict.ABORT, None)
+        words = [
+            Word(f"gid {number}", verdict, f"reason {index}", "ann", number)
+            for index, verdict in enumerate(verdicts)
+        ]
+        stood = await asyncio.gather(
+            *(log.give_word(word) for log, word in zip(logs, words, strict=True))
+        )
+        assert set(stood) <= set(words)
+        assert len(set(stood)) == 1
+        assert (await logs[0].words())[-1] == stood[0]
+
+
+@check
+async def words_and_incidents_leave_each_other_alone(place: Place) -> None:
+    log = await place.open()
+    transaction = place.draw()
+    decision = place.commit(transaction, "orders")
+    await log.propose(Proposal(transaction, decision))
+    gid = str(decision.branches[0].xid)
+    incident = Incident(gid, "orders", EndingKind.HEURISTIC_ROLLBACK, "it was gone", 1_000)
+    await log.report(incident)
+    word = await log.give_word(Word(gid, None, "paid by hand", "ann", 2_000))
+    assert list(await log.incidents()) == [incident]
+    record = (await log.read(transaction)).record
+    assert record is not None and not record.finished
+    await log.acknowledge(gid)
+    await log.raise_horizon(place.draw())
+    assert await log.forget(10, claims_before_ms=1 << 46) == 1
+    assert list(await log.words()) == [word], "words are never forgotten"
+
+
+@check
 async def reopening_keeps_everything(place: Place) -> None:
     log = await place.open()
     identity = place.identity
@@ -250,6 +307,7 @@ async def reopening_keeps_everything(place: Place) -> None:
     resource = await log.register("orders", "system 7", REGISTERED_MS)
     incident = Incident("sp:foreign", "stock", None, "below the horizon", 1_000)
     await log.report(incident)
+    word = await log.give_word(Word("sp:foreign", Verdict.ABORT, "no such order", "ann", 1_500))
     await place.close()
     log = await place.open()
     assert place.identity == identity
@@ -262,6 +320,7 @@ async def reopening_keeps_everything(place: Place) -> None:
     assert await log.read_key(KEY) == KeyState(transaction, True, b"result", attempt)
     assert await log.resources() == (resource,)
     assert list(await log.incidents()) == [incident]
+    assert list(await log.words()) == [word]
 
 
 @check

@@ -19,6 +19,7 @@ from coordinator.log.base import (
     Mark,
     Proposal,
     Stands,
+    Word,
 )
 from coordinator.log.memory import MemoryLog
 from coordinator.log.register import Held, Register
@@ -253,6 +254,47 @@ class AlwaysOurs(Register):
         return Stands(answer.record, ours=True) if isinstance(answer, Stands) else answer
 
 
+class WordOverwritten(Register):
+    def give_word(self, word: Word) -> Word:
+        self._words[word.subject] = word
+        return word
+
+
+class TellsItsOwnWord(Register):
+    def give_word(self, word: Word) -> Word:
+        super().give_word(word)
+        return word
+
+
+class OneWordForAll(Register):
+    def give_word(self, word: Word) -> Word:
+        return next(iter(self._words.values()), None) or super().give_word(word)
+
+
+class WordsInTheOrderOfTheirWriting(Register):
+    def words(self) -> Sequence[Word]:
+        return tuple(self._words.values())
+
+
+class WordsAcknowledgeIncidents(Register):
+    def give_word(self, word: Word) -> Word:
+        self.acknowledge(word.subject)
+        return super().give_word(word)
+
+
+class WordsGoWithTheirIncident(Register):
+    def acknowledge(self, gid: str) -> bool:
+        self._words.pop(gid, None)
+        return super().acknowledge(gid)
+
+
+class WordsAreForgotten(Register):
+    def forget(self, limit: int, *, claims_before_ms: int) -> int:
+        kept = {k: word for k, word in self._words.items() if word.given_ms >= claims_before_ms}
+        self._words = kept
+        return super().forget(limit, claims_before_ms=claims_before_ms)
+
+
 class HorizonComparedOutsideTheWrite(MemoryLog):
     """It compares, lets others run, and writes."""
 
@@ -324,6 +366,13 @@ REGISTERS: dict[type[Register], str] = {
     KeysGoWithoutLimit: "forgetting_keys_is_limited_and_oldest_first",
     MarksOfStrangers: "a_mark_of_what_is_not_named_is_passed_over",
     AlwaysOurs: "racing_proposals_agree",
+    WordOverwritten: "a_word_is_written_once",
+    TellsItsOwnWord: "one_of_the_racing_words_stands",
+    OneWordForAll: "a_word_is_written_once",
+    WordsInTheOrderOfTheirWriting: "a_word_is_written_once",
+    WordsAcknowledgeIncidents: "words_and_incidents_leave_each_other_alone",
+    WordsGoWithTheirIncident: "words_and_incidents_leave_each_other_alone",
+    WordsAreForgotten: "words_and_incidents_leave_each_other_alone",
 }
 LOGS: dict[type[MemoryLog], str] = {
     HorizonComparedOutsideTheWrite: "the_horizon_is_compared_in_the_write",

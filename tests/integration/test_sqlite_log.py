@@ -17,7 +17,7 @@ from coordinator.errors import ConfigurationError, LogUnavailable, ProtocolError
 from coordinator.log import open_log
 from coordinator.log.base import Attempt, KeyState, Proposal, Stands, Unreadable
 from coordinator.log.memory import MemoryLog
-from coordinator.log.sqlite import SQLiteLog, file
+from coordinator.log.sqlite import SQLiteLog, schema
 from coordinator.log.sqlite.mounts import file_system_of
 from coordinator.model import ABORT, Claim, Decision, TransactionId, Verdict
 from tests.conformance.log_suite import KEY, MEMBER, Place, stands
@@ -92,9 +92,9 @@ def test_another_applications_database(path: Path) -> None:
 
 def test_the_schema_of_another_version(path: Path) -> None:
     made(path)
-    edit(path, f"PRAGMA user_version = {file.SCHEMA_VERSION + 1}")
+    edit(path, f"PRAGMA user_version = {schema.VERSION + 1}")
     refused(path, "newer version.*upgrade")
-    edit(path, f"PRAGMA user_version = {file.SCHEMA_VERSION}", "DROP TABLE attempt")
+    edit(path, f"PRAGMA user_version = {schema.VERSION}", "DROP TABLE attempt")
     refused(path, "before the first release.*choose another path")
 
 

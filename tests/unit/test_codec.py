@@ -84,17 +84,48 @@ def test_any_bytes_are_read_or_refused_with_one_error(data: bytes) -> None:
 
 
 @given(st.integers(0, 200), st.integers(0, 255))
-def test_a_record_with_a_changed_byte_never_stops_the_reader(place: int, value: int) -> None:
+def test_a_record_with_a_changed_byte_is_refused(place: int, value: int) -> None:
     decision = Decision(Verdict.COMMIT, (branch(token=b"token"), branch("stock", number=2)))
-    data = bytearray(codec.encode(decision, b"result", log=LOG, transaction=TRANSACTION))
+    whole = codec.encode(decision, b"result", log=LOG, transaction=TRANSACTION)
+    data = bytearray(whole)
     data[place % len(data)] = value
-    read_or_refused(bytes(data))
+    for read in (codec.decode, verdict_and_log):
+        if bytes(data) == whole:
+            read(whole, log=LOG, transaction=TRANSACTION)
+        else:
+            with pytest.raises(ValueError, match=TRANSACTION):
+                read(bytes(data), log=LOG, transaction=TRANSACTION)
+
+
+def verdict_and_log(data: bytes, *, log: LogId, transaction: TransactionId) -> object:
+    return codec.verdict_of(data, transaction=transaction)
+
+
+def test_a_record_under_another_id_is_refused() -> None:
+    data = codec.encode(ABORT, b"", log=LOG, transaction=TRANSACTION)
+    other = TransactionId(TRANSACTION[:-1] + "2")
+    with pytest.raises(ValueError, match=f"{other} is damaged: its checksum"):
+        codec.decode(data, log=LOG, transaction=other)
+
+
+def test_a_record_of_the_first_programs_is_read() -> None:
+    """They wrote five elements, and pass over the sixth."""
+    written = msgspec.msgpack.encode(
+        ("commit", bytes.fromhex("00" * 8 + "11" * 8), [("orders", b"token")], None, b"result")
+    )
+    decision, attachment = codec.decode(b"\x01" + written, log=LOG, transaction=TRANSACTION)
+    assert attachment == b"result"
+    (found,) = decision.branches
+    assert (found.participant, found.token, found.id) == ("orders", b"token", "11" * 8)
+    now = codec.encode(decision, attachment, log=LOG, transaction=TRANSACTION)
+    assert now[0] == 1, "a later format would be refused by them"
+    assert msgspec.msgpack.decode(now[1:])[:5] == msgspec.msgpack.decode(written)
 
 
 def test_a_record_is_small() -> None:
     decision = Decision(Verdict.COMMIT, (branch(token=b"123456"), branch("stock", b"123456", 2)))
-    assert len(codec.encode(decision, b"", log=LOG, transaction=TRANSACTION)) <= 80
-    assert len(codec.encode(ABORT, b"", log=LOG, transaction=TRANSACTION)) <= 16
+    assert len(codec.encode(decision, b"", log=LOG, transaction=TRANSACTION)) <= 86
+    assert len(codec.encode(ABORT, b"", log=LOG, transaction=TRANSACTION)) <= 24
 
 
 def test_fields_of_a_later_version_are_passed_over() -> None:
@@ -103,8 +134,9 @@ def test_fields_of_a_later_version_are_passed_over() -> None:
     fields = msgspec.msgpack.decode(data[1:])
     fields[2][0].append("a field of each branch")
     fields[3].append({"of": "the last resource"})
-    fields.append(["of the record"])
-    later = data[:1] + msgspec.msgpack.encode(fields)
+    fields[5:] = [["of the record"], bytes(4)]
+    later = (data[:1] + msgspec.msgpack.encode(fields))[:-4]
+    later += codec.checksum(later, TRANSACTION)
     assert codec.decode(later, log=LOG, transaction=TRANSACTION) == (decision, b"result")
 
 

@@ -1,4 +1,4 @@
-"""The file of an SQLite log: its checks, its schema, and the one border for SQLite's errors.
+"""The file of an SQLite log: its checks, its upgrade, and the one border for SQLite's errors.
 
 `open_file` either returns a connection to a file that is certainly ours, sound and durable, or
 raises `ConfigurationError` naming the file, what is wrong and how to mend it; a file that is not
@@ -15,76 +15,18 @@ from pathlib import Path
 
 import apsw
 
-from coordinator.codec import pack_transaction
-from coordinator.errors import ConfigurationError
+from coordinator.codec import pack_transaction, unpack_transaction
+from coordinator.errors import ConfigurationError, one_line
 from coordinator.log.base import LogIdentity
+from coordinator.log.sqlite import schema
 from coordinator.log.sqlite.mounts import network_file_system
 from coordinator.model import LogId, id_floor
-
-APPLICATION_ID = 0x53796E63
-"""The letters `Sync`, in the header of every file that is ours."""
-
-SCHEMA_VERSION = 1
 
 BUSY_TIMEOUT_MS = 5_000
 
 QUICK_CHECK_BYTES_MAX = 16 * 1024 * 1024
 """A file up to this size is checked whole when it is opened, which takes a tenth of a second. A
 larger one would keep other processes waiting; its damage shows when a page is read."""
-
-SCHEMA = f"""
-CREATE TABLE log (
-    only_row   INTEGER PRIMARY KEY CHECK (only_row = 1),
-    id         TEXT NOT NULL,
-    created_ms INTEGER NOT NULL,
-    horizon    BLOB NOT NULL
-);
--- Sixteen bytes of the id order as its text does. `decision` is never rewritten. `unmarked` holds
--- eight bytes for each named branch that has not ended. `answer` is NULL unless the decision is
--- delegated; then it is 'awaited', 'commit' or 'abort'.
-CREATE TABLE record (
-    id         BLOB PRIMARY KEY,
-    decision   BLOB NOT NULL,
-    unmarked   BLOB NOT NULL,
-    answer     TEXT,
-    unfinished INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX record_unfinished ON record (id) WHERE unfinished = 1;
--- `attachment` is that of the holder's commit, kept here beyond its record.
-CREATE TABLE claim (
-    space      TEXT NOT NULL,
-    key        TEXT NOT NULL,
-    holder     BLOB NOT NULL,
-    attachment BLOB NOT NULL,
-    PRIMARY KEY (space, key)
-) WITHOUT ROWID;
-CREATE INDEX claim_by_holder ON claim (holder);
--- The current attempt under a key, by its transaction's id.
-CREATE TABLE attempt (
-    space      TEXT NOT NULL,
-    key        TEXT NOT NULL,
-    id         BLOB NOT NULL,
-    timeout_ms INTEGER NOT NULL,
-    member     TEXT NOT NULL,
-    PRIMARY KEY (space, key)
-) WITHOUT ROWID;
-CREATE INDEX attempt_by_id ON attempt (id);
-CREATE TABLE resource (
-    name     TEXT NOT NULL UNIQUE,
-    identity TEXT NOT NULL,
-    clear    BLOB NOT NULL,
-    swept_ms INTEGER NOT NULL
-);
-CREATE TABLE incident (
-    gid         TEXT NOT NULL UNIQUE,
-    participant TEXT NOT NULL,
-    kind        TEXT,
-    evidence    TEXT NOT NULL,
-    noticed_ms  INTEGER NOT NULL
-);
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {SCHEMA_VERSION};
-"""
 
 _DISK_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _LOST_AFTER_FSYNC = frozenset({apsw.SQLITE_IOERR_FSYNC, apsw.SQLITE_IOERR_DIR_FSYNC})
@@ -94,12 +36,12 @@ def check_place(path: Path) -> None:
     """Refuse a place where no log can be kept, before anything is created there."""
     directory = path.parent
     if not directory.is_dir():
-        raise _refuse(path, f"there is no directory {directory}", "create it, or mend the path")
+        raise refuse(path, f"there is no directory {directory}", "create it, or mend the path")
     if path.is_dir():
-        raise _refuse(path, "it is a directory", "add the name of a file to the path")
+        raise refuse(path, "it is a directory", "add the name of a file to the path")
     kind = network_file_system(path)
     if kind is not None:
-        raise _refuse(
+        raise refuse(
             path,
             f"it is on a network file system ({kind}), where neither locks nor fsync can be relied "
             "on",
@@ -120,10 +62,10 @@ def open_file(path: Path) -> tuple[apsw.Connection, LogIdentity]:
             number = connection.system_errno
             close_without_checkpoint(connection)
         if isinstance(error, apsw.Error):
-            raise _explained(error, number, path) from error
+            raise explained(error, number, path) from error
         raise
     if created:
-        _make_durable(path.parent)
+        make_durable(path.parent)
     return connection, identity
 
 
@@ -163,7 +105,7 @@ def _create(path: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise _refuse(
+        raise refuse(
             path, f"it cannot be created: {error.strerror}", "mend that, or choose another path"
         ) from error
     # No connection of this process has the new file open, so closing drops nobody's locks.
@@ -174,64 +116,85 @@ def _create(path: Path) -> bool:
 def _prepare(connection: apsw.Connection, path: Path) -> LogIdentity:
     connection.set_busy_timeout(BUSY_TIMEOUT_MS)
     if connection.readonly("main"):
-        raise _refuse(path, "it can only be read", "give this user the right to write it")
-    is_new = _is_new(connection, path)
+        raise refuse(path, "it can only be read", "give this user the right to write it")
+    version = version_of(connection, path)
     if connection.pragma("journal_mode", "wal") != "wal":
-        raise _refuse(path, "its file system allows no write-ahead log", "put it on a local disk")
+        raise refuse(path, "its file system allows no write-ahead log", "put it on a local disk")
     # fullfsync is for macOS, whose fsync does not reach the disk.
     for setting in ("synchronous = FULL", "fullfsync = ON", "trusted_schema = OFF"):
         connection.execute(f"PRAGMA {setting}")
     # Checkpoints are made by the writer, which must see their errors: SQLite's own ignores them.
     connection.wal_autocheckpoint(0)
-    if is_new:
-        _initialise(connection)
+    if version == 0:
+        upgrade(connection, path)
     _checkpoint_whole(connection, path)
     if path.stat().st_size <= QUICK_CHECK_BYTES_MAX:
         found = connection.pragma("quick_check", 1)
         if found != "ok":
-            raise _damaged(path, str(found))
-    row = connection.execute("SELECT id, created_ms FROM log").get
+            raise damaged(path, str(found))
+    if 0 < version < schema.VERSION:
+        upgrade(connection, path)
+    return identity_of(connection, path)
+
+
+def identity_of(connection: apsw.Connection, path: Path) -> LogIdentity:
+    """Raises `ConfigurationError` when the one row that everything else rests on is damaged."""
+    row = connection.execute("SELECT id, created_ms, horizon FROM log").get
     if row is None:
-        raise _damaged(path, "the row that holds the log's id is missing")
-    return LogIdentity(LogId(row[0]), row[1])
+        raise damaged(path, "the row that holds the log's id is missing")
+    identity, created_ms, horizon = row
+    try:
+        unpack_transaction(horizon)
+    except (TypeError, ValueError) as error:
+        raise damaged(path, f"its horizon cannot be read: {error}") from error
+    return LogIdentity(LogId(identity), created_ms)
 
 
-def _is_new(connection: apsw.Connection, path: Path) -> bool:
-    """Whether the file is empty; raises if it is neither empty nor a log that we can read."""
+def version_of(connection: apsw.Connection, path: Path) -> int:
+    """The version of the file's tables, 0 if it is empty; raises if it is no log that we can read.
+
+    Nothing is written: what is not ours stays as it is.
+    """
     application = connection.pragma("application_id")
-    version = connection.pragma("user_version")
+    version: int = connection.pragma("user_version")
     tables = connection.execute("SELECT count(*) FROM sqlite_schema").get
     if application == version == tables == 0:
-        return True
-    if application != APPLICATION_ID:
-        raise _refuse(
+        return 0
+    if application != schema.APPLICATION_ID:
+        raise refuse(
             path, "it is the SQLite database of another application", "choose another path"
         )
-    if version > SCHEMA_VERSION:
-        raise _refuse(
+    if version > schema.VERSION:
+        raise refuse(
             path,
-            f"its schema has version {version}, written by a newer version of Syncpoint, and this "
-            f"one reads version {SCHEMA_VERSION}",
+            f"its tables have version {version}, made by a newer version of Syncpoint, and this "
+            f"one reads up to version {schema.VERSION}",
             "upgrade Syncpoint here as well",
         )
-    if version != SCHEMA_VERSION:
-        raise _damaged(path, f"its schema has version {version}, which never existed")
+    if version < 1:
+        raise damaged(path, f"its tables have version {version}, which never existed")
     if not connection.table_exists("main", "attempt"):
-        raise _refuse(
+        raise refuse(
             path, "it was made before the first release, with other tables", "choose another path"
         )
-    return False
+    return version
 
 
-def _initialise(connection: apsw.Connection) -> None:
-    created_ms = time.time_ns() // 1_000_000
+def upgrade(connection: apsw.Connection, path: Path) -> None:
+    """Bring the tables to the present version, in one transaction: all of it or nothing."""
     connection.execute("BEGIN IMMEDIATE")
     try:
-        connection.execute(SCHEMA)
-        connection.execute(
-            "INSERT INTO log VALUES (1, ?, ?, ?)",
-            (secrets.token_hex(8), created_ms, pack_transaction(id_floor(created_ms))),
-        )
+        version = version_of(connection, path)
+        for step in schema.STEPS[version:]:
+            connection.execute(step)
+        if version == 0:
+            created_ms = time.time_ns() // 1_000_000
+            connection.execute(f"PRAGMA application_id = {schema.APPLICATION_ID}")
+            connection.execute(
+                "INSERT INTO log VALUES (1, ?, ?, ?)",
+                (secrets.token_hex(8), created_ms, pack_transaction(id_floor(created_ms))),
+            )
+        connection.execute(f"PRAGMA user_version = {schema.VERSION}")
         connection.execute("COMMIT")
     except BaseException:
         if connection.in_transaction:
@@ -252,49 +215,58 @@ def _checkpoint_whole(connection: apsw.Connection, path: Path) -> None:
     except apsw.BusyError as error:
         frames, copied = connection.wal_checkpoint("main", apsw.SQLITE_CHECKPOINT_PASSIVE)
         if frames != copied:
-            raise _refuse(
+            raise refuse(
                 path,
                 "another program keeps a read of it open, so that it cannot be checked",
                 "end that program (a shell, a backup) and try again",
             ) from error
 
 
-def _make_durable(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+def make_durable(path: Path) -> None:
+    """What a file holds, or the names in a directory, survive a power cut from here on."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _explained(error: apsw.Error, system_errno: int, path: Path) -> ConfigurationError:
+def explained(error: apsw.Error, system_errno: int, path: Path) -> ConfigurationError:
+    """What to tell when the file at `path` cannot be used because of an error of SQLite's."""
     if is_disk_full(error, system_errno):
-        return _refuse(path, "its disk is full", "make space")
+        return refuse(path, "its disk is full", "make space")
     if isinstance(error, apsw.NotADBError):
-        return _refuse(path, "it is not an SQLite database", "choose another path")
+        return refuse(
+            path,
+            "it is not an SQLite database",
+            "choose another path, or restore a backup if this was one: `syncpoint log restore FILE "
+            "--force`",
+        )
     if isinstance(error, apsw.CorruptError):
-        return _damaged(path, str(error))
+        return damaged(path, str(error))
     if isinstance(error, apsw.ReadOnlyError | apsw.CantOpenError | apsw.PermissionsError):
         reason = f" ({os.strerror(system_errno)})" if system_errno else ""
-        return _refuse(
+        return refuse(
             path,
             f"it cannot be opened for writing{reason}",
             "give this user the right to write the file and its directory, where SQLite keeps "
             "two files beside it",
         )
     if isinstance(error, apsw.BusyError):
-        return _refuse(path, "another program holds a lock on it", "end that program and try again")
-    return _refuse(path, f"SQLite says: {error}", "check its disk, or restore it from a backup")
+        return refuse(path, "another program holds a lock on it", "end that program and try again")
+    return refuse(path, f"SQLite says: {error}", "check its disk, or restore it from a backup")
 
 
-def _damaged(path: Path, how: str) -> ConfigurationError:
-    return _refuse(
+def damaged(path: Path, how: str) -> ConfigurationError:
+    """What to tell of a log whose file contradicts itself, with the way out."""
+    return refuse(
         path,
-        f"it is damaged: {how}",
-        "keep the file and those beside it, restore a backup, and raise the horizon to the present "
-        "before anything is served",
+        f"it is damaged: {one_line(how)}",
+        "end all its processes, and restore a backup: `syncpoint log restore FILE --force` keeps "
+        "this file under another name",
     )
 
 
-def _refuse(path: Path, wrong: str, mend: str) -> ConfigurationError:
+def refuse(path: Path, wrong: str, mend: str) -> ConfigurationError:
+    """The one line of everything that this package refuses."""
     return ConfigurationError(f"the decision log {path} cannot be used: {wrong}; {mend}")

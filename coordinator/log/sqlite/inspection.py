@@ -20,12 +20,8 @@ import msgspec
 
 from coordinator.codec import unpack_transaction
 from coordinator.config import Settings
-from coordinator.log.sqlite.file import (
-    APPLICATION_ID,
-    BUSY_TIMEOUT_MS,
-    SCHEMA_VERSION,
-    close_without_checkpoint,
-)
+from coordinator.log.sqlite import schema
+from coordinator.log.sqlite.file import BUSY_TIMEOUT_MS, close_without_checkpoint
 from coordinator.log.sqlite.mounts import file_system_of, network_file_system
 from coordinator.model import LogId, id_time_ms
 from coordinator.participant import Finding, Level, LogCheck
@@ -160,23 +156,33 @@ def _read(
     if application == version == tables == 0:
         message = "it is empty: the first process that opens it makes its tables"
         return None, [Finding("file", Level.OK, message)]
-    if application != APPLICATION_ID:
+    if application != schema.APPLICATION_ID:
         message = f"{path} is the SQLite database of another application"
         return None, [_must("file", message, _ANOTHER_PATH)]
-    if version != SCHEMA_VERSION:
-        message = f"its schema has version {version}, and this program reads {SCHEMA_VERSION}"
+    if not 1 <= version <= schema.VERSION:
+        message = (
+            f"its tables have version {version}, and this program reads up to version "
+            f"{schema.VERSION}"
+        )
         return None, [_must("file", message, "run the version of Syncpoint that wrote it")]
     identity = connection.execute("SELECT id FROM log").get
     if identity is None:
         message = "it is damaged: the row that holds the log's id is missing"
         return None, [_must("file", message, "restore it from a backup")]
     findings = [
-        Finding("file", Level.OK, f"decision log {identity}, schema version {version}"),
+        Finding("file", Level.OK, _version(identity, version)),
         _durability(connection),
         *_clock(connection),
         *_unfinished(connection, settings),
     ]
     return LogId(identity), findings
+
+
+def _version(identity: str, version: int) -> str:
+    told = f"decision log {identity}, version {version} of its tables"
+    if version < schema.VERSION:
+        told += f"; the next process that opens it brings it to version {schema.VERSION}"
+    return told
 
 
 def _durability(connection: apsw.Connection) -> Finding:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from coordinator import codec
 from coordinator.codec import pack_transaction, unpack_transaction
 from coordinator.config import Settings
 from coordinator.errors import LogUnavailable, ProtocolError
@@ -29,12 +28,15 @@ from coordinator.log.base import (
     Proposal,
     Reading,
     Record,
+    RecordUnreadable,
     Resource,
     Stands,
     Unreadable,
+    Word,
 )
 from coordinator.log.sqlite import inspection
-from coordinator.log.sqlite.store import AWAITED, Row, Store, check_text, insertion
+from coordinator.log.sqlite.rows import Row, decoded
+from coordinator.log.sqlite.store import Store, check_text, insertion
 from coordinator.log.sqlite.writer import Statistics, Writer
 from coordinator.model import Claim, TransactionId, Verdict
 from coordinator.participant import LogCheck
@@ -132,7 +134,7 @@ class SQLiteLog:
         records: list[Record | Unreadable] = []
         for row in rows[:limit]:
             try:
-                records.append(_decoded(row, identity))
+                records.append(decoded(row, identity.id))
             except ValueError as error:
                 records.append(Unreadable(unpack_transaction(row.id), str(error)))
         more = len(rows) > limit and bool(records)
@@ -171,6 +173,16 @@ class SQLiteLog:
     async def acknowledge(self, gid: str) -> bool:
         return await self._write(lambda store: store.acknowledge(gid))
 
+    async def give_word(self, word: Word) -> Word:
+        try:
+            f"{word.subject}{word.reason}{word.by}".encode()
+        except ValueError as error:
+            raise ProtocolError(f"the log cannot keep the word {word!r}: {error}") from error
+        return await self._write(lambda store: store.give_word(word))
+
+    async def words(self) -> Sequence[Word]:
+        return await self._read(lambda store: store.words())
+
     def _ready(self) -> tuple[Writer, LogIdentity]:
         if self._writer is None or self._identity is None:
             raise LogUnavailable(f"the decision log {self.path} is not open")
@@ -189,9 +201,9 @@ class SQLiteLog:
     def _record(self, row: Row, identity: LogIdentity) -> Record:
         """A record that cannot be read parks its own transaction: it is never taken for absent."""
         try:
-            return _decoded(row, identity)
+            return decoded(row, identity.id)
         except ValueError as error:
-            raise LogUnavailable(
+            raise RecordUnreadable(
                 f"a record stands in {self.path} that cannot be read: {error}"
             ) from error
 
@@ -200,17 +212,6 @@ def _recorded(proposal: Proposal) -> Record:
     commits = proposal.decision.verdict is not Verdict.ABORT
     attachment = proposal.attachment if commits else b""
     return Record(proposal.transaction, proposal.decision, attachment)
-
-
-def _decoded(row: Row, identity: LogIdentity) -> Record:
-    transaction = unpack_transaction(row.id)
-    decision, attachment = codec.decode(row.decision, log=identity.id, transaction=transaction)
-    answer = None if row.answer is None or row.answer == AWAITED else Verdict(row.answer)
-    size = codec.BRANCH_BYTES
-    unmarked = {row.unmarked[start : start + size] for start in range(0, len(row.unmarked), size)}
-    named = [branch.id for branch in decision.branches]
-    ended = frozenset(each for each in named if codec.pack_branches([each]) not in unmarked)
-    return Record(transaction, decision, attachment, answer, ended)
 
 
 def _check(claim: Claim) -> None:

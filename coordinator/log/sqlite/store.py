@@ -24,8 +24,10 @@ from coordinator.log.base import (
     Mark,
     Proposal,
     Resource,
+    Word,
 )
 from coordinator.log.register import another_identity
+from coordinator.log.sqlite.rows import AWAITED, Row, is_finished
 from coordinator.model import (
     Claim,
     EndingKind,
@@ -37,19 +39,10 @@ from coordinator.model import (
     id_floor,
 )
 
-AWAITED = "awaited"
-"""The answer beside a delegated decision before the last resource's answer is recorded."""
+LATER_FORMAT = bytes([codec.FORMAT_VERSION + 1])
+"""What the records of later programs begin with, or something above."""
 
 _COLUMNS = "id, decision, unmarked, answer"
-
-
-class Row(msgspec.Struct, frozen=True, array_like=True):
-    """A record as it is stored."""
-
-    id: bytes
-    decision: bytes
-    unmarked: bytes
-    answer: str | None
 
 
 class Insertion(msgspec.Struct, frozen=True):
@@ -62,6 +55,19 @@ class Insertion(msgspec.Struct, frozen=True):
     unfinished: bool
     claims: tuple[Claim, ...]
     attachment: bytes
+
+    @property
+    def row(self) -> tuple[bytes, bytes, bytes, str | None, bool]:
+        """In the order of the table's columns."""
+        return self.id, self.decision, self.unmarked, self.answer, self.unfinished
+
+
+AT_ONCE_MOST = 64
+_INSERTIONS = [
+    f"INSERT INTO record SELECT * FROM (VALUES {', '.join(['(?, ?, ?, ?, ?)'] * number)}) "
+    "WHERE (SELECT horizon FROM log) <= ?"
+    for number in range(AT_ONCE_MOST + 1)
+]
 
 
 def insertion(proposal: Proposal, log: LogId) -> Insertion:
@@ -107,6 +113,23 @@ class Store:
     def horizon(self) -> TransactionId:
         return unpack_transaction(self._horizon)
 
+    def record_at_once(self, proposals: Sequence[Insertion]) -> bool:
+        """All of them or nothing in one statement, which is a transaction of its own.
+
+        Each statement hands the interpreter to another thread and gets it back, which on a busy
+        one costs more than the statement. False says that nothing was done: a record stands, one
+        is below the horizon, or there are claims or too many, so that each is to be looked at.
+        """
+        if len(proposals) > AT_ONCE_MOST or any(each.claims for each in proposals):
+            return False
+        oldest = min(each.id for each in proposals)
+        values = [value for each in proposals for value in each.row]
+        try:
+            self._cursor.execute(_INSERTIONS[len(proposals)], (*values, oldest))
+        except apsw.ConstraintError:
+            return False
+        return self._connection.changes() > 0
+
     def propose(self, new: Insertion) -> Row | BelowHorizon | ClaimHeld | None:
         """None says that the proposal itself was recorded; a row is the record that stands."""
         if new.claims or new.id < self._horizon:
@@ -135,8 +158,7 @@ class Store:
 
     def _insert(self, new: Insertion) -> bool:
         self._cursor.execute(
-            "INSERT INTO record VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-            (new.id, new.decision, new.unmarked, new.answer, new.unfinished),
+            "INSERT INTO record VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING", new.row
         )
         return self._connection.changes() == 1
 
@@ -240,12 +262,7 @@ class Store:
         return self.horizon
 
     def forget(self, limit: int, *, claims_before_ms: int) -> int:
-        self._connection.execute(
-            "DELETE FROM record WHERE id IN (SELECT id FROM record "
-            "WHERE id < ? AND unfinished = 0 ORDER BY id LIMIT ?)",
-            (self._horizon, limit),
-        )
-        deleted = self._connection.changes()
+        deleted = self._forget_records(limit)
         before = min(self._horizon, pack_transaction(id_floor(claims_before_ms)))
         no_record = "NOT EXISTS (SELECT 1 FROM record WHERE record.id = claim.holder)"
         for table, taken_by, free in (("claim", "holder", no_record), ("attempt", "id", "TRUE")):
@@ -255,6 +272,27 @@ class Store:
                 (before, limit),
             )
         return deleted
+
+    def _forget_records(self, limit: int) -> int:
+        """Delete the oldest finished ones; what cannot be read stays, and holds up no other.
+
+        A damaged one counts as unfinished from then on, so that scans show it. One of a later
+        format is left to the program that wrote it.
+        """
+        which = "unfinished = 0 AND decision < ?"
+        rows = self._connection.execute(
+            f"SELECT {_COLUMNS} FROM record WHERE id < ? AND {which} ORDER BY id LIMIT ?",
+            (self._horizon, LATER_FORMAT, limit),
+        )
+        found = [Row(*row) for row in rows]
+        for row in found:
+            if not is_finished(row, self._log):
+                self._connection.execute("UPDATE record SET unfinished = 1 WHERE id = ?", (row.id,))
+        last = found[-1].id if found else b""
+        self._connection.execute(
+            f"DELETE FROM record WHERE id <= ? AND {which}", (last, LATER_FORMAT)
+        )
+        return self._connection.changes()
 
     def register(self, name: str, identity: str, now_ms: int) -> Resource:
         known = next((each for each in self.resources() if each.name == name), None)
@@ -326,6 +364,23 @@ class Store:
         if xid is not None:
             self.finish([Mark(xid.transaction, xid.branch)])
         return True
+
+    def give_word(self, word: Word) -> Word:
+        verdict = None if word.verdict is None else word.verdict.value
+        self._connection.execute(
+            "INSERT INTO word VALUES (?, ?, ?, ?, ?) ON CONFLICT (subject) DO NOTHING",
+            (word.subject, verdict, word.reason, word.by, word.given_ms),
+        )
+        return next(each for each in self.words() if each.subject == word.subject)
+
+    def words(self) -> tuple[Word, ...]:
+        found = self._connection.execute(
+            "SELECT subject, verdict, reason, given_by, given_ms FROM word ORDER BY given_ms, rowid"
+        )
+        return tuple(
+            Word(subject, None if verdict is None else Verdict(verdict), reason, by, ms)
+            for subject, verdict, reason, by, ms in found
+        )
 
 
 def _without(unmarked: bytes, ended: set[bytes]) -> bytes:

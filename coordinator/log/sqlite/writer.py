@@ -30,8 +30,9 @@ from coordinator.log.sqlite import file
 from coordinator.log.sqlite.jobs import Failed, Job, Work, deliver, settle, unavailable
 from coordinator.log.sqlite.lock import FileLock, same_file
 from coordinator.log.sqlite.store import Insertion, Store
+from coordinator.logs import note
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("syncpoint.log")
 
 BATCH_MAX = 1_000
 LOCK_TIMEOUT_SECONDS = 5.0
@@ -172,7 +173,7 @@ class Writer:
             reason = self._reason(error)
             return [unavailable(reason, error) for _ in batch]
         except Exception as error:
-            logger.exception("a batch of the decision log %s failed", self.path)
+            self._note(logging.ERROR, "batch-failed", "a batch failed", exc_info=error)
             return [unavailable(f"a batch of {self.path} failed: {error}", error) for _ in batch]
 
     def _open(self) -> None:
@@ -213,6 +214,11 @@ class Writer:
         lock.acquire(LOCK_TIMEOUT_SECONDS)
         try:
             self._check_in_place(lock)
+            decisions = [job.work for job in batch if isinstance(job.work, Insertion)]
+            if len(decisions) == len(batch) and store.record_at_once(decisions):
+                self.statistics.proposals += len(batch)
+                self.statistics.write_transactions += 1
+                return [None] * len(batch)
             changes = connection.total_changes()
             writes = any(job.writes for job in batch)
             connection.execute("BEGIN IMMEDIATE" if writes else "BEGIN")
@@ -277,14 +283,15 @@ class Writer:
             return f"the decision log {self.path} did not answer: {error}"
         reason = (
             f"the decision log {self.path} had an error of its disk, or is damaged ({error}): "
-            "restart this process, which checks the file"
+            "restart this process, which checks the file; if it is damaged, restore a backup: "
+            "`syncpoint log restore FILE --force`"
         )
         self._break(reason)
         _broken_files[self.path] = reason
         return reason
 
     def _break(self, reason: str) -> None:
-        logger.error("%s", reason)
+        self._note(logging.ERROR, "log-broken", reason)
         self._broken = reason
         self._frames = 0
         if self._connection is not None:
@@ -303,14 +310,17 @@ class Writer:
             finally:
                 self._lock.release()
         except apsw.Error as error:
-            logger.warning("%s", self._reason(error))
+            self._note(logging.WARNING, "no-checkpoint", self._reason(error))
             return
         except Exception as error:
-            logger.warning("no checkpoint of the decision log %s: %s", self.path, error)
+            self._note(logging.WARNING, "no-checkpoint", f"no checkpoint: {error}")
             return  # the next one will do
         self._frames = 0
         if total == copied:
             self._checkpoint_at = CHECKPOINT_FRAMES
+
+    def _note(self, level: int, what: str, why: str, **fields: Any) -> None:
+        note(logger, level, what, "%s: %s", self.path, why, path=str(self.path), **fields)
 
     def _close(self) -> None:
         connection, lock = self._connection, self._lock
