@@ -7,19 +7,20 @@ do next. Commands are imported when they run, so that help needs nothing but the
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
+from coordinator.commands.log_file import log_app
+from coordinator.commands.options import Application, ConfigFile, Json, with_logs
 from coordinator.errors import ConfigurationError, TransactionError, one_line
+from coordinator.logs import show as show_logs
 
 PROGRAM = "syncpoint"
 EXIT_FAILED = 1
@@ -39,27 +40,14 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(log_app)
 
-Json = Annotated[
-    bool, typer.Option("--json", help="Machine-readable output on stdout, and nothing else there.")
-]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Only tell what would be done.")]
 
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        help="The configuration file; without it the one that SYNCPOINT_CONFIG names.",
-        show_default="./syncpoint.toml",
-    ),
-]
+Transaction = Annotated[str, typer.Argument(metavar="ID", help="The transaction's id.")]
 
-Application = Annotated[
-    str | None,
-    typer.Option(
-        "--app",
-        metavar="MODULE:ATTRIBUTE",
-        help="Take the coordinator object of a service's own code instead of a file.",
-    ),
+Reason = Annotated[
+    str, typer.Option("--reason", metavar="TEXT", help="Why; recorded with your name and the time.")
 ]
 
 
@@ -93,16 +81,13 @@ def _global(
         bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
     ] = False,
     verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="Write the log of what happens to stderr.")
+        bool, typer.Option("--verbose", "-v", help="The same as --log-level debug of a command.")
     ] = False,
 ) -> None:
     if show_version:
         print(f"{PROGRAM} {version('syncpoint')}")
         raise typer.Exit
-    logging.basicConfig(
-        level=logging.DEBUG if verbose else logging.CRITICAL,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
+    show_logs("debug" if verbose else "warning")
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -132,9 +117,7 @@ def demo(
 def recover(
     config: ConfigFile = None,
     application: Application = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only tell what would be done.")
-    ] = False,
+    dry_run: DryRun = False,
     wait: Annotated[
         float,
         typer.Option(
@@ -192,15 +175,16 @@ def list_transactions(
 
 @app.command()
 def show(
-    transaction: Annotated[str, typer.Argument(metavar="ID", help="The transaction's id.")],
+    transaction: Transaction,
     config: ConfigFile = None,
     application: Application = None,
     json: Json = False,
 ) -> int:
-    """Show one transaction: its decision, its branches, and what will happen next.
+    """Show one transaction: its decision, its branches, whom they block, what will happen next.
 
-    Of every branch, what the log has recorded and what the participant really holds now. Changes
-    nothing; safe to run at any time beside services.
+    Of every branch, what the log has recorded and what the participant really holds now, with the
+    sessions that wait for it; who does what next, when, and what you may type. Changes nothing;
+    safe to run at any time beside services.
 
     Exits 0, or 5 when there is no such transaction.
     """
@@ -208,6 +192,57 @@ def show(
     from coordinator.commands.target import load
 
     return run(load(config, application), transaction, as_json=json)
+
+
+@app.command()
+def resolve(
+    transaction: Transaction,
+    verdict: Annotated[str, typer.Argument(metavar="abort|commit|rollback")],
+    reason: Reason,
+    branch: Annotated[
+        str | None,
+        typer.Option("--branch", metavar="B", help="The quarantined branch to end, by its id."),
+    ] = None,
+    dry_run: DryRun = False,
+    config: ConfigFile = None,
+    application: Application = None,
+    json: Json = False,
+) -> int:
+    """End what waits: an undecided transaction by abort, or one quarantined branch by your word.
+
+    `resolve ID abort` proposes abort; if it stands, the branches are rolled back now. `resolve ID
+    --branch B commit` (or `rollback`) records your word, which cannot be changed, and ends the
+    branch: compare the databases before. Nothing that the log has decided can be contradicted.
+
+    Exits 0, 3 when abort stands and a branch could not be rolled back yet, 4 when it contradicts
+    what stands.
+    """
+    from coordinator.commands.resolve import read_order, run
+    from coordinator.commands.target import load
+
+    order = read_order(transaction, verdict, branch, reason, dry_run=dry_run)
+    return run(load(config, application), order, as_json=json)
+
+
+@app.command()
+def forget(
+    transaction: Transaction,
+    reason: Reason,
+    config: ConfigFile = None,
+    application: Application = None,
+    json: Json = False,
+) -> int:
+    """Acknowledge branches that ended against the decision, once you have mended the databases.
+
+    They are no longer shown as needing a person; who acknowledged them, when and why, is kept. A
+    quarantined branch that is still prepared is ended with `resolve` instead.
+
+    Exits 0, 4 when something of it still needs a person, 5 when there is no such transaction.
+    """
+    from coordinator.commands.forget import run
+    from coordinator.commands.target import load
+
+    return run(load(config, application), transaction, reason, as_json=json)
 
 
 @app.command()
@@ -263,24 +298,52 @@ def check(
 def bench(
     clients: Annotated[
         str, typer.Option(metavar="N,N,…", help="How many transfers run at once, in turn.")
-    ] = "1,8,32",
+    ] = "1,8,32,64",
     rounds: Annotated[
         int, typer.Option(min=1, max=1000, help="Rounds; the medians over them are told.")
     ] = 5,
     seconds: Annotated[
         float, typer.Option(min=0.05, max=3600, help="Length of one measurement.")
     ] = 3.0,
+    only: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,NAME,…",
+            help="Only these parts (transfers, log, growth) or cases of transfers.",
+        ),
+    ] = None,
+    finished: Annotated[
+        int,
+        typer.Option(min=1, max=100_000_000, help="Transactions in the log of the part growth."),
+    ] = 1_000_000,
     json: Json = False,
 ) -> int:
     """Measure transfers over two databases, against hand-written loops on the same servers.
 
     Starts two servers of its own. The hand-written loops prepare and commit on both sides in
-    parallel, without any log, so they lose money in a crash: they are what the databases allow.
+    parallel, without any log, so they lose money in a crash: they are what the databases allow,
+    with 8, 16 or 32 transfers let in at once, and unbounded. Then the decision log alone, and
+    whether a log with a million finished transactions is slower or needs more memory.
+
+    All of it takes a quarter of an hour; Ctrl-C ends it and tells what was measured until then.
+    `docs/performance.md` says what each figure means.
     """
     with _packages_of_demo():
-        from coordinator.commands.bench import run
+        from coordinator.commands.bench import cases, run
 
-    return run.run(clients=run.parse_clients(clients), rounds=rounds, seconds=seconds, as_json=json)
+    return run.run(
+        clients=cases.parse_clients(clients),
+        rounds=rounds,
+        seconds=seconds,
+        only=cases.parse_only(only),
+        finished=finished,
+        as_json=json,
+    )
+
+
+for _command in (*app.registered_commands, *log_app.registered_commands):
+    if _command.callback is not None:
+        _command.callback = with_logs(_command.callback)
 
 
 @contextmanager

@@ -118,10 +118,11 @@ def _what_is_left(left: _Left) -> list[str]:
 
 
 def _left_line(view: View) -> str:
+    to_be_typed = f"`syncpoint show {view.transaction}` says what to type"
     advice = {
         State.IN_FLIGHT: "its service works on it: stop that, or wait longer with --timeout",
-        State.IN_DOUBT: "recovery could not end it: bring back what it waits for, and drain again",
-        State.NEEDS_PERSON: "it needs a person: compare the databases and mend them by hand",
+        State.IN_DOUBT: f"recovery could not end it: {to_be_typed}, then drain again",
+        State.NEEDS_PERSON: f"it needs a person: {to_be_typed}",
         State.FINISHED: "run it again",
     }[view.state]
     where = ", ".join(f"{each.participant} {each.state}" for each in view.branches)

@@ -21,10 +21,10 @@ from coordinator.commands.output import messages, print_json, results
 from coordinator.coordinator import Coordinator
 from coordinator.engine import PUBLISHED_AFTER_SECONDS, Engine, now_ms
 from coordinator.errors import ConfigurationError, one_line
-from coordinator.log.base import Incident, Log, Record, Unreadable, every_record
+from coordinator.log.base import Incident, Log, Record, Unreadable, Word, every_record
 from coordinator.members.base import Beat, InFlight
 from coordinator.model import Branch, MemberId, TransactionId, Verdict, Xid, id_time_ms
-from coordinator.recovery import scan_participants
+from coordinator.recovery import read_one, scan_participants
 
 ROWS_MAX = 50
 ENDED = frozenset({"ended", "gone"})
@@ -75,16 +75,24 @@ class View(msgspec.Struct, frozen=True):
 
 
 class Picture(msgspec.Struct):
-    """What everybody said; `unreachable` are participants that did not, and why.
+    """What everybody `configured` said; `unreachable` are participants that did not, and why.
 
-    `services` is how many members live beside this process.
+    `services` is how many members live beside this process. `incidents` and `words`, those of
+    people, are by the transaction that they are about.
     """
 
     views: list[View]
     records: Mapping[TransactionId, Record]
     held: Mapping[TransactionId, list[Branch]]
+    incidents: Mapping[TransactionId, list[Incident]]
+    words: Mapping[TransactionId, list[Word]]
+    configured: Collection[str]
     unreachable: Mapping[str, str]
     services: int
+
+    def answered(self, participant: str) -> bool:
+        """Whether it has told what it holds."""
+        return participant in self.configured and participant not in self.unreachable
 
     def view(self, transaction: TransactionId) -> View | None:
         return next((each for each in self.views if each.transaction == transaction), None)
@@ -100,6 +108,7 @@ class _Found(msgspec.Struct):
     records: dict[TransactionId, Record] = msgspec.field(default_factory=dict)
     unreadable: dict[TransactionId, str] = msgspec.field(default_factory=dict)
     incidents: dict[TransactionId, list[Incident]] = msgspec.field(default_factory=dict)
+    words: dict[TransactionId, list[Word]] = msgspec.field(default_factory=dict)
     in_flight: dict[TransactionId, tuple[MemberId, InFlight]] = msgspec.field(default_factory=dict)
 
 
@@ -166,10 +175,12 @@ async def look(
     await _ask_participants(engine, found)
     await _scan_log(engine.log, found, finished_too)
     await _ask_members(engine, found)
+    if finished_too or also:
+        await _read_words(engine.log, found, None if finished_too else also)
     await _read_others(engine.log, found, also)
     known = (
         found.held.keys() | found.records.keys() | found.unreadable.keys()
-        | found.incidents.keys() | found.in_flight.keys()
+        | found.incidents.keys() | found.in_flight.keys() | found.words.keys()
     )  # fmt: skip
     views = [_view(transaction, found) for transaction in sorted(known)]
     wanted = [
@@ -178,7 +189,16 @@ async def look(
         if finished_too or view.state is not State.FINISHED or view.transaction == also
     ]
     services = len(found.alive.keys() - {engine.member})
-    return Picture(wanted, found.records, found.held, found.unreachable, services)
+    return Picture(
+        wanted,
+        found.records,
+        found.held,
+        found.incidents,
+        found.words,
+        found.configured,
+        found.unreachable,
+        services,
+    )
 
 
 async def _ask_participants(engine: Engine, found: _Found) -> None:
@@ -201,6 +221,14 @@ async def _scan_log(log: Log, found: _Found, finished_too: bool) -> None:
             found.records[record.transaction] = record
 
 
+async def _read_words(log: Log, found: _Found, only: TransactionId | None) -> None:
+    for word in await log.words():
+        xid = Xid.parse(word.subject)
+        about = TransactionId(word.subject) if xid is None else xid.transaction
+        if only is None or about == only:
+            found.words.setdefault(about, []).append(word)
+
+
 async def _ask_members(engine: Engine, found: _Found) -> None:
     found.alive = await engine.members.alive()
     for member, beat in found.alive.items():
@@ -212,9 +240,11 @@ async def _read_others(log: Log, found: _Found, also: TransactionId | None) -> N
     named = found.held.keys() | found.in_flight.keys() | found.incidents.keys()
     for transaction in named | ({also} if also else set()):
         if transaction not in found.records and transaction not in found.unreadable:
-            reading = await log.read(transaction)
-            if reading.record is not None:
-                found.records[transaction] = reading.record
+            standing = await read_one(log, transaction)
+            if isinstance(standing, Unreadable):
+                found.unreadable[transaction] = standing.why
+            elif standing is not None:
+                found.records[transaction] = standing
 
 
 def _view(transaction: TransactionId, found: _Found) -> View:
@@ -227,7 +257,8 @@ def _view(transaction: TransactionId, found: _Found) -> View:
     members += [xid.member for xid in map(Xid.parse, incidents) if xid is not None]
     owner = members[0] if members else driver
     owner_alive = owner in found.alive
-    ended = record is not None and record.finished
+    # Without a record, what only a person's word tells of has ended long ago.
+    ended = record.finished if record else not (held or incidents or flight)
     # What the record of a finished transaction names was seen a moment before it ended.
     left = [each for each in held if not ended or each not in named]
     if incidents or transaction in found.unreadable:
@@ -255,7 +286,9 @@ def _phase(transaction: TransactionId, found: _Found, left: bool) -> str:
     record = found.records.get(transaction)
     if record is None:
         flight = found.in_flight.get(transaction)
-        return "prepared" if flight is None else flight[1].phase
+        if flight is not None:
+            return flight[1].phase
+        return "prepared" if left or transaction in found.incidents else "forgotten"
     verdict = record.answer or record.decision.verdict
     if verdict is Verdict.DELEGATED:
         return "delegated"
@@ -321,6 +354,8 @@ def _show(views: list[View], console: Console) -> None:
     console.print(table)
     if len(views) > ROWS_MAX:
         console.print(f"... and {len(views) - ROWS_MAX} younger; --json shows them all")
+    if any(view.state is State.NEEDS_PERSON for view in views):
+        console.print("What needs a person: `syncpoint show ID` says why, and what to type.")
 
 
 def _shown_branches(view: View) -> str:

@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from coordinator.commands.next_step import to_type
 from coordinator.commands.output import messages, print_json, progress_bar, results
 from coordinator.coordinator import Coordinator
 from coordinator.errors import LogUnavailable, one_line
-from coordinator.model import Status, TransactionId, Verdict
+from coordinator.log.base import Incident
+from coordinator.model import Status, TransactionId, Verdict, Xid
 from coordinator.recovery import Round
 from coordinator.sweep import Case
 
@@ -42,6 +44,8 @@ class Finding(msgspec.Struct):
     recorded: str
     """What the log said when it was found: commit, abort, delegated, or nothing."""
     result: str
+    missing: list[str] = msgspec.field(default_factory=list)
+    """Participants of branches that have not ended, which are not configured here."""
 
 
 class Report(msgspec.Struct):
@@ -62,13 +66,23 @@ class Report(msgspec.Struct):
     findings: dict[TransactionId, Finding] = msgspec.field(default_factory=dict)
 
     @property
+    def settled(self) -> bool:
+        """Waiting longer changes nothing: what is left, if anything, is for a person."""
+        in_doubt = self.in_doubt - self.last.unreadable.keys()
+        return self.rounds > 0 and not (in_doubt or self.last.unreachable or self.log_error)
+
+    @property
+    def parked(self) -> set[TransactionId]:
+        """In doubt until a process that has all of their participants ends them."""
+        return {each.transaction for each in self.findings.values() if each.missing} & self.in_doubt
+
+    @property
     def person_needed(self) -> bool:
         return bool(self.last.incidents or self.last.unreadable)
 
     @property
     def clean(self) -> bool:
-        left = self.in_doubt or self.last.unreachable or self.last.unreadable or self.log_error
-        return self.rounds > 0 and not left
+        return self.settled and not self.last.unreadable
 
     @property
     def exit_code(self) -> int:
@@ -104,17 +118,23 @@ async def _recover(
     while True:
         try:
             report.log_error = ""
-            await _recover_once(coordinator, report, progress)
+            await _recover_open(coordinator, report, give_up, progress)
         except LogUnavailable as error:
             report.log_error = str(error)
-        if report.clean or dry_run or time.monotonic() >= give_up:
+        if report.settled or dry_run or time.monotonic() >= give_up:
             return report
         # The coordinator is opened anew, so that a participant which was down is found again.
         await asyncio.sleep(min(WAITING_PAUSE_SECONDS, max(give_up - time.monotonic(), 0)))
 
 
-async def _recover_once(coordinator: Coordinator, report: Report, progress: Progress) -> None:
-    """Rounds for as long as they end something, and two at least."""
+async def _recover_open(
+    coordinator: Coordinator, report: Report, give_up: float, progress: Progress
+) -> None:
+    """Rounds for as long as they end something, two at least, and until `give_up` if more is left.
+
+    The coordinator stays open between them: a branch of a living member is acted on only by a
+    sweeper that has watched it. It is to be opened anew where a participant is away.
+    """
     await coordinator.open(sweep=False, tolerate_unreachable=True)
     try:
         rounds = 0
@@ -123,10 +143,13 @@ async def _recover_once(coordinator: Coordinator, report: Report, progress: Prog
             rounds += 1
             await _add(coordinator, report, latest)
             ended_something = latest.committed or latest.aborted or latest.quarantined
-            if latest.clean or (rounds >= 2 and not ended_something):
+            quiet = rounds >= 2 and not ended_something
+            left = give_up - time.monotonic()
+            waits = left > 0 and not (report.dry_run or report.settled or latest.unreachable)
+            if latest.clean or (quiet and not waits):
                 _add_left_alone(report)
                 return
-            await asyncio.sleep(PAUSE_SECONDS)
+            await asyncio.sleep(min(WAITING_PAUSE_SECONDS, left) if quiet else PAUSE_SECONDS)
     finally:
         await coordinator.close()
 
@@ -139,13 +162,10 @@ async def _add(coordinator: Coordinator, report: Report, latest: Round) -> None:
     report.aborted += latest.aborted
     report.quarantined += latest.quarantined
     for case in latest.cases:
-        result = await _result(coordinator, report, case)
-        report.findings[case.transaction] = Finding(
-            case.transaction,
-            sorted(branch.participant for branch in case.branches),
-            str(case.record.decision.verdict) if case.record else "nothing",
-            result,
-        )
+        report.findings[case.transaction] = await _finding(coordinator, report, case)
+    for transaction, why in latest.unreadable.items():
+        parked = f"parked: its record cannot be read: {one_line(why)}"
+        report.findings[transaction] = Finding(transaction, [], "unreadable", parked)
 
 
 def _add_left_alone(report: Report) -> None:
@@ -154,27 +174,41 @@ def _add_left_alone(report: Report) -> None:
         report.findings[transaction] = Finding(transaction, [], "", why)
 
 
-async def _result(coordinator: Coordinator, report: Report, case: Case) -> str:
+async def _finding(coordinator: Coordinator, report: Report, case: Case) -> Finding:
+    record = case.record
+    named = record.decision.named if record else case.branches
+    ended = record.ended if record else frozenset()
+    waits_for = {branch.participant for branch in named if branch.id not in ended}
+    missing = sorted(waits_for - {each.name for each in coordinator.participants})
+    in_doubt = case.transaction in report.last.in_doubt
     if report.dry_run:
-        commits = case.record is not None and case.record.decision.verdict is Verdict.COMMIT
-        return "would commit" if commits else "would roll back, unless a commit is recorded first"
-    if case.transaction in report.last.in_doubt:
-        return _why_in_doubt(report.last, case)
-    status = await coordinator.status(case.transaction)
-    return {
-        Status.COMMITTED: "committed",
-        Status.ABORTED: "rolled back",
-        Status.FORGOTTEN: "older than the log: shown to a person, if it is still there",
-        Status.UNDECIDED: "ended by another process",
-    }[status]
+        commits = record is not None and record.decision.verdict is Verdict.COMMIT
+        result = "would commit" if commits else "would roll back, unless a commit is recorded first"
+    elif in_doubt:
+        result = _why_in_doubt(missing, sorted(waits_for & report.last.unreachable.keys()))
+    else:
+        result = _RESULTS[await coordinator.status(case.transaction)]
+    return Finding(
+        case.transaction,
+        sorted(branch.participant for branch in case.branches),
+        str(record.decision.verdict) if record else "nothing",
+        result,
+        missing if in_doubt else [],
+    )
 
 
-def _why_in_doubt(latest: Round, case: Case) -> str:
-    named = case.record.decision.branches if case.record else case.branches
-    ended = case.record.ended if case.record else frozenset()
-    waiting = {branch.participant for branch in named if branch.id not in ended}
-    absent = sorted(waiting & latest.unreachable.keys())
-    return f"in doubt: waits for {', '.join(absent)}" if absent else "in doubt: to be tried again"
+def _why_in_doubt(missing: list[str], away: list[str]) -> str:
+    if missing:
+        return f"parked: not configured here: {', '.join(missing)}"
+    return f"in doubt: waits for {', '.join(away)}" if away else "in doubt: to be tried again"
+
+
+_RESULTS = {
+    Status.COMMITTED: "committed",
+    Status.ABORTED: "rolled back",
+    Status.FORGOTTEN: "older than the log: shown to a person, if it is still there",
+    Status.UNDECIDED: "ended by another process",
+}
 
 
 def _what_is_left(report: Report) -> list[str]:
@@ -191,14 +225,20 @@ def _what_is_left(report: Report) -> list[str]:
         "syncpoint that can, or restore the log from its backup"
         for transaction, why in sorted(report.last.unreadable.items())
     ]
+    lines += [
+        f"transaction {each} is parked: {', '.join(report.findings[each].missing)} is not "
+        "configured here; recover where it is, or put it back into the configuration"
+        for each in sorted(report.parked)[:ROWS_MAX]
+    ]
     if report.last.incidents:
         lines.append(
-            "branches that ended against their decision or are quarantined: "
-            f"{report.last.incidents}; compare the databases and mend them by hand"
+            f"{_branches(len(report.last.incidents))} for a person: compare the databases, mend "
+            "them by hand, and type what is told for each above"
         )
-    if report.in_doubt and not report.last.unreachable:
+    waiting = report.in_doubt - report.parked - report.last.unreadable.keys()
+    if waiting and not report.last.unreachable:
         lines.append(
-            f"{_transactions(len(report.in_doubt))} still in doubt; run `syncpoint recover "
+            f"{_transactions(len(waiting))} still in doubt; run `syncpoint recover "
             "--wait 60` to wait until nothing is"
         )
     return lines
@@ -206,8 +246,8 @@ def _what_is_left(report: Report) -> list[str]:
 
 def _show(report: Report, console: Console) -> None:
     if report.findings:
-        table = Table(box=box.SIMPLE)
-        table.add_column("transaction", overflow="fold")
+        table = Table(box=box.SIMPLE, pad_edge=False)
+        table.add_column("transaction", no_wrap=True)
         for heading in ("prepared in", "the log says", "result"):
             table.add_column(heading)
         for _, finding in sorted(report.findings.items())[:ROWS_MAX]:
@@ -216,7 +256,22 @@ def _show(report: Report, console: Console) -> None:
         console.print(table)
         if len(report.findings) > ROWS_MAX:
             console.print(f"... and {len(report.findings) - ROWS_MAX} more; --json shows them all")
+    for incident in report.last.incidents[:ROWS_MAX]:
+        _show_incident(incident, console)
     console.print(_summary(report), soft_wrap=True)
+
+
+def _show_incident(incident: Incident, console: Console) -> None:
+    xid = Xid.parse(incident.gid)
+    branch = incident.gid if xid is None else f"{xid.branch} of transaction {xid.transaction}"
+    lines = [
+        f"{incident.participant}: {incident.kind or 'quarantined'}, branch {branch}",
+        f"  {one_line(incident.evidence)}",
+    ]
+    look_first = [] if xid is None else [f"syncpoint show {xid.transaction}"]
+    lines += [f"  type: {command}" for command in [*look_first, *to_type(incident)]]
+    for line in lines:
+        console.print(escape(line), soft_wrap=True)
 
 
 def _summary(report: Report) -> str:
@@ -226,12 +281,25 @@ def _summary(report: Report) -> str:
         return "Nothing is in doubt."
     return (
         f"{report.committed} committed, {report.aborted} rolled back, "
-        f"{len(report.in_doubt)} still in doubt, {report.last.incidents} for a person."
+        f"{len(report.in_doubt)} still in doubt, {len(report.last.incidents)} for a person."
     )
+
+
+def _plain_incident(incident: Incident) -> dict[str, object]:
+    """With the commands of which one is to be typed, once the databases have been compared."""
+    xid = Xid.parse(incident.gid)
+    names = {} if xid is None else {"transaction": xid.transaction, "branch": xid.branch}
+    kind = "quarantined" if incident.kind is None else str(incident.kind)
+    plain: dict[str, object] = msgspec.to_builtins(incident)
+    return plain | names | {"kind": kind, "commands": to_type(incident)}
 
 
 def _transactions(count: int) -> str:
     return f"{count} transaction{'' if count == 1 else 's'}"
+
+
+def _branches(count: int) -> str:
+    return "1 branch is" if count == 1 else f"{count} branches are"
 
 
 def _as_plain(report: Report) -> dict[str, object]:
@@ -240,7 +308,7 @@ def _as_plain(report: Report) -> dict[str, object]:
         "rolled_back": report.aborted,
         "in_doubt": sorted(report.in_doubt),
         "quarantined": report.quarantined,
-        "incidents": report.last.incidents,
+        "incidents": [_plain_incident(incident) for incident in report.last.incidents],
         "unreachable": report.last.unreachable,
         "unreadable": report.last.unreadable,
         "log_error": report.log_error,

@@ -1,4 +1,4 @@
-"""`syncpoint show ID`: what is known of one transaction, and what will happen to it.
+"""`syncpoint show ID`: what is known of one transaction, whom it blocks, and what happens next.
 
 What the record says of a branch and what its participant really holds stand side by side. Nothing
 is driven and nothing changed.
@@ -17,18 +17,21 @@ from rich.table import Table
 from coordinator.commands.list_transactions import (
     BranchView,
     Picture,
-    State,
     View,
     look,
     shown_age,
     shown_owner,
     tell_unreachable,
 )
+from coordinator.commands.next_step import Next, next_step
 from coordinator.commands.output import messages, print_json, results
+from coordinator.commands.words import shown_word
 from coordinator.coordinator import Coordinator
-from coordinator.errors import ConfigurationError
-from coordinator.log.base import Record
-from coordinator.model import Status, TransactionId, Verdict, parse_transaction_id
+from coordinator.engine import Engine
+from coordinator.errors import ConfigurationError, one_line
+from coordinator.log.base import Record, Word
+from coordinator.model import Branch, Status, TransactionId, parse_transaction_id
+from coordinator.participant import ShowsWaiters, Waiter
 
 EXIT_SHOWN = 0
 EXIT_NO_SUCH = 5
@@ -44,6 +47,19 @@ class ShownBranch(msgspec.Struct, frozen=True):
     evidence: str
 
 
+class ShownWaiter(Waiter, frozen=True, kw_only=True):
+    """A session that waits for one of its branches."""
+
+    participant: str
+
+
+class Waiting(msgspec.Struct):
+    """Who waits for the branches of a transaction, and the participants that did not say."""
+
+    waiters: list[ShownWaiter] = msgspec.field(default_factory=list)
+    unknown: dict[str, str] = msgspec.field(default_factory=dict)
+
+
 class Shown(msgspec.Struct, frozen=True):
     """Everything about one transaction; `decision` is what the log says, or nothing."""
 
@@ -51,23 +67,29 @@ class Shown(msgspec.Struct, frozen=True):
     decision: str
     attachment_bytes: int
     branches: list[ShownBranch]
-    next: str
+    waiting: Waiting
+    words: list[Word]
+    next: Next
+
+
+def parse_id(text: str) -> TransactionId:
+    """The id that a command was given; raises `ConfigurationError` for what is none."""
+    try:
+        return parse_transaction_id(text)
+    except ValueError as error:
+        raise ConfigurationError(f"{error}; `syncpoint list --all` shows the ids") from error
 
 
 def run(coordinator: Coordinator, transaction: str, *, as_json: bool) -> int:
     """Look, tell, and return the exit code. Raises `ConfigurationError` for what is no id."""
-    try:
-        transaction_id = parse_transaction_id(transaction)
-    except ValueError as error:
-        raise ConfigurationError(f"{error}; `syncpoint list --all` shows the ids") from error
-    picture, status = asyncio.run(_look(coordinator, transaction_id))
+    transaction_id = parse_id(transaction)
+    picture, waiting, status = asyncio.run(_look(coordinator, transaction_id))
     view = picture.view(transaction_id)
     if view is None:
-        why = _why_none(status)
-        messages().print(f"syncpoint: no transaction {transaction_id}: {why}", soft_wrap=True)
+        tell_none(transaction_id, status)
         tell_unreachable(picture)
         return EXIT_NO_SUCH
-    shown = _put_together(view, picture, coordinator.settings.sweep_interval)
+    shown = _put_together(view, picture, waiting, coordinator)
     if as_json:
         print_json(_as_plain(shown, picture))
     else:
@@ -76,17 +98,43 @@ def run(coordinator: Coordinator, transaction: str, *, as_json: bool) -> int:
     return EXIT_SHOWN
 
 
+def tell_none(transaction: TransactionId, status: Status | None) -> None:
+    """A line on stderr that there is no such transaction, and why that may be."""
+    why = _why_none(status)
+    messages().print(f"syncpoint: no transaction {transaction}: {why}", soft_wrap=True)
+
+
 async def _look(
     coordinator: Coordinator, transaction: TransactionId
-) -> tuple[Picture, Status | None]:
+) -> tuple[Picture, Waiting, Status | None]:
     """What is seen, and where nothing is, what the log says of such an id."""
     await coordinator.open(sweep=False, tolerate_unreachable=True)
     try:
         picture = await look(coordinator, also=transaction)
-        known = picture.view(transaction) is not None
-        return picture, None if known else await coordinator.status(transaction)
+        if picture.view(transaction) is None:
+            return picture, Waiting(), await coordinator.status(transaction)
+        held = picture.held.get(transaction, [])
+        return picture, await _ask_who_waits(coordinator.engine(), held), None
     finally:
         await coordinator.close()
+
+
+async def _ask_who_waits(engine: Engine, held: list[Branch]) -> Waiting:
+    waiting = Waiting()
+    for name in sorted({branch.participant for branch in held}):
+        participant = engine.participants[name]
+        if not isinstance(participant, ShowsWaiters):
+            waiting.unknown[name] = "it cannot tell"
+            continue
+        try:
+            found = await participant.waiting([each for each in held if each.participant == name])
+        except Exception as error:
+            waiting.unknown[name] = one_line(error) or type(error).__name__
+            continue
+        waiting.waiters += [
+            ShownWaiter(**msgspec.structs.asdict(each), participant=name) for each in found
+        ]
+    return waiting
 
 
 def _why_none(status: Status | None) -> str:
@@ -98,7 +146,9 @@ def _why_none(status: Status | None) -> str:
     )
 
 
-def _put_together(view: View, picture: Picture, sweep_interval: float) -> Shown:
+def _put_together(
+    view: View, picture: Picture, waiting: Waiting, coordinator: Coordinator
+) -> Shown:
     record = picture.records.get(view.transaction)
     held = {branch.id for branch in picture.held.get(view.transaction, ())}
     branches = [
@@ -112,9 +162,15 @@ def _put_together(view: View, picture: Picture, sweep_interval: float) -> Shown:
         for each in view.branches
     ]
     nothing = "unreadable" if view.why_unreadable else "nothing"
-    decision = nothing if record is None else _decision(record)
-    attachment = 0 if record is None else len(record.attachment)
-    return Shown(view, decision, attachment, branches, _next(view, record, picture, sweep_interval))
+    return Shown(
+        view,
+        nothing if record is None else _decision(record),
+        0 if record is None else len(record.attachment),
+        branches,
+        waiting,
+        picture.words.get(view.transaction, []),
+        next_step(view, record, picture, coordinator.settings),
+    )
 
 
 def _decision(record: Record) -> str:
@@ -135,39 +191,11 @@ def _holds(branch: BranchView, held: bool, picture: Picture) -> str:
         return "prepared"
     if branch.participant in picture.unreachable:
         return "unknown: unreachable"
-    if branch.state in ("working", "undecided", "not configured"):
+    if branch.participant not in picture.configured:
+        return "unknown: not configured"
+    if branch.state in ("working", "undecided"):
         return f"unknown: {branch.state}"
     return "nothing prepared"
-
-
-def _next(view: View, record: Record | None, picture: Picture, sweep_interval: float) -> str:
-    """What will happen, who does it, and when."""
-    verdict = None if record is None else record.answer or record.decision.verdict
-    if view.why_unreadable:
-        return (
-            f"nothing: its record cannot be read ({view.why_unreadable}); run a version of "
-            "syncpoint that can, or restore the log from its backup"
-        )
-    if view.state is State.NEEDS_PERSON:
-        return "nothing by itself: compare the databases and mend them by hand"
-    if view.state is State.FINISHED:
-        ended = "committed" if verdict is Verdict.COMMIT else "rolled back"
-        return f"nothing: it has {ended} everywhere, and its record is kept for a while"
-    end = {
-        None: "is rolled back, unless a commit is recorded first",
-        Verdict.ABORT: "is rolled back",
-        Verdict.COMMIT: "is committed",
-        Verdict.DELEGATED: "ends as its last resource answers",
-    }[verdict]
-    away = sorted({each.participant for each in view.branches} & picture.unreachable.keys())
-    waits = f", once {' and '.join(away)} can be reached" if away else ""
-    if view.state is State.IN_FLIGHT:
-        left = view.seconds_left
-        within = f" within {left:.0f} s" if left and record is None else ""
-        return f"its owner goes on with it{within}; what it does not end itself {end}{waits}"
-    if picture.services:
-        return f"with a sweep of a service, every {sweep_interval:g} s, it {end}{waits}"
-    return f"no service runs: with `syncpoint recover`, or once one does, it {end}{waits}"
 
 
 def _show(shown: Shown, console: Console) -> None:
@@ -179,24 +207,69 @@ def _show(shown: Shown, console: Console) -> None:
         "owner": shown_owner(view).removeprefix("owner "),
         "the log says": shown.decision,
         "attachment": f"{shown.attachment_bytes} bytes",
-        "next": shown.next,
+        "next": shown.next.text,
     }
-    for name, value in facts.items():
-        console.print(f"{name:13} {escape(value)}", soft_wrap=True)
+    lines = [f"{name:13} {value}" for name, value in facts.items()]
+    lines += [f"{'type':13} {command}" for command in shown.next.commands]
+    lines += [f"{'a person said':13} {shown_word(word)}" for word in shown.words]
+    for line in lines:
+        console.print(escape(line), soft_wrap=True)
+    _show_branches(shown.branches, console)
+    _show_waiting(shown, console)
+
+
+def _show_branches(branches: list[ShownBranch], console: Console) -> None:
+    if not branches:
+        return
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("participant", "branch", "the record", "really holds"):
         table.add_column(heading, overflow="fold")
-    for each in shown.branches:
+    for each in branches:
         table.add_row(escape(each.participant), each.branch, each.recorded, each.holds)
-    if shown.branches:
-        console.print(table)
-    for each in shown.branches:
+    console.print(table)
+    for each in branches:
         if each.evidence:
             console.print(escape(f"{each.participant}: {each.evidence}"), soft_wrap=True)
 
 
+def _show_waiting(shown: Shown, console: Console) -> None:
+    waiting = shown.waiting
+    for name, why in waiting.unknown.items():
+        console.print(escape(f"{name}: who waits is not known: {why}"), soft_wrap=True)
+    if not waiting.waiters:
+        if not waiting.unknown and any(each.holds == "prepared" for each in shown.branches):
+            console.print("No session waits for what it holds.")
+        return
+    table = Table(box=box.SIMPLE, pad_edge=False, title="Sessions that wait", title_justify="left")
+    table.add_column("participant", overflow="fold")
+    for heading in ("pid", "waits", "behind"):
+        table.add_column(heading, no_wrap=True)
+    table.add_column("query", overflow="fold")
+    for each in waiting.waiters:
+        table.add_row(
+            escape(each.participant),
+            str(each.session),
+            "?" if each.seconds is None else shown_age(each.seconds),
+            "the branch" if each.behind is None else str(each.behind),
+            escape(each.query or f"({each.note})"),
+        )
+    console.print(table)
+
+
 def _as_plain(shown: Shown, picture: Picture) -> dict[str, object]:
+    """What `list` tells of it, and beside that: `next` is text, and its parts have their names."""
     plain: dict[str, object] = msgspec.to_builtins(shown.view)
-    told: dict[str, object] = msgspec.to_builtins(shown)
-    del told["view"]
-    return plain | told | {"ended": shown.view.ended, "unreachable": picture.unreachable}
+    return plain | {
+        "decision": shown.decision,
+        "attachment_bytes": shown.attachment_bytes,
+        "branches": msgspec.to_builtins(shown.branches),
+        "waiters": msgspec.to_builtins(shown.waiting.waiters),
+        "waiters_unknown": shown.waiting.unknown,
+        "words": msgspec.to_builtins(shown.words),
+        "next": shown.next.text,
+        "acts": shown.next.actor,
+        "within_seconds": shown.next.within_seconds,
+        "commands": list(shown.next.commands),
+        "ended": shown.view.ended,
+        "unreachable": picture.unreachable,
+    }

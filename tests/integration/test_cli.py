@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psycopg
@@ -18,6 +19,10 @@ from coordinator.commands.demo.transfer import BEFORE_DECISION, BETWEEN_COMMITS
 from coordinator.model import Xid
 from tests.support.stage import ACCOUNT, AMOUNT, service
 
+COMMANDS = (
+    "demo", "recover", "list", "show", "resolve", "forget", "drain", "check", "log", "bench",
+)  # fmt: skip
+
 
 def crash(config: Path, point: str) -> None:
     """Kill a service in the middle of one transfer."""
@@ -29,15 +34,15 @@ def test_help_names_the_commands_and_nothing_that_is_not_there(
 ) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    for command in ("demo", "recover", "list", "show", "drain", "check", "bench"):
+    for command in COMMANDS:
         assert f"│ {command} " in shown
-    for not_built in ("│ serve", "│ worker", "│ resolve"):
+    for not_built in ("│ serve", "│ worker"):
         assert not_built not in shown
     assert main([]) == 0
     assert capsys.readouterr().out == shown
 
 
-@pytest.mark.parametrize("command", ["demo", "recover", "list", "show", "drain", "check", "bench"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_each_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
@@ -259,6 +264,19 @@ class TestRecover:
         assert main(["recover", "--config", str(config)]) == 0
         assert stage.prepared() == []
 
+    def test_wait_ends_what_a_process_that_hangs_has_left(
+        self, config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        """It lives and does not beat: nobody can tell it from a slow one before its time is up."""
+        with config.open("a") as file:
+            file.write("\n[settings]\ntimeout = 0.5\ntimeout_max = 1.0\n")
+        with stopped_at(*service(config, BEFORE_DECISION)):
+            began = time.monotonic()
+            assert main(["recover", "--config", str(config), "--wait", "30"]) == 0
+            assert 1.0 < time.monotonic() - began < 15
+            assert "1 rolled back, 0 still in doubt" in capsys.readouterr().out
+            assert stage.prepared() == []
+
     def test_a_branch_ended_against_the_decision_needs_a_person(
         self, config: Path, stage: Stage, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -271,6 +289,8 @@ class TestRecover:
             output, errors = capsys.readouterr()
             assert "1 for a person." in output
             assert errors.count("\n") == 1 and "mend them by hand" in errors
+            assert "ledger: heuristic rollback, branch " in output
+            assert "somebody rolled it back" in output and "type: syncpoint forget " in output
 
     def test_an_application_can_name_its_coordinator(
         self,

@@ -191,6 +191,8 @@ def test_a_branch_ended_against_the_decision_needs_a_person(
     assert view["transaction"] == xid_of(left).transaction
     assert states(view)["ledger"] == "heuristic rollback"
     assert view["ended"] == 1
+    assert main(["list", "--config", str(config)]) == 0
+    assert "`syncpoint show ID` says why, and what to type." in capsys.readouterr().out
 
 
 def test_a_wrong_state_exits_2_with_those_that_there_are(

@@ -59,14 +59,17 @@ def test_a_commit_that_is_half_done(
     assert branches(told)["accounts"][1] == "nothing prepared"
     assert told["next"].startswith("no service runs: with `syncpoint recover`, ")
     assert told["next"].endswith(" it is committed")
+    assert (told["acts"], told["commands"]) == ("person", ["syncpoint recover"])
     assert main(["show", transaction, "--config", str(config)]) == 0
     page = capsys.readouterr().out
-    for line in (f"transaction   {transaction}\n", "the log says  commit\n", told["next"]):
+    facts = (f"transaction   {transaction}\n", "the log says  commit\n", told["next"])
+    for line in (*facts, "type          syncpoint recover\n"):
         assert line in page
     assert stage.prepared() == [left], "showing changes nothing"
     with Running(config):
-        next_step = shown(config, transaction, capsys)["next"]
-    assert next_step == "with a sweep of a service, every 1 s, it is committed"
+        told = shown(config, transaction, capsys)
+    assert told["next"] == "with a sweep of a service, every 1 s, it is committed"
+    assert (told["acts"], told["within_seconds"], told["commands"]) == ("sweep", 1.0, [])
     assert main(["recover", "--config", str(config)]) == 0
     told = shown(config, transaction, capsys)
     assert (told["state"], told["phase"], told["ended"]) == ("finished", "committed", 2)
@@ -97,6 +100,8 @@ def test_what_nobody_decided(
         told = shown(config, transaction, capsys)
         assert (told["state"], told["owner_alive"]) == ("in-flight", True)
         assert told["next"].startswith("its owner goes on with it")
+        assert told["acts"] == "owner" and 0 < told["within_seconds"] <= 10
+        assert told["commands"] == [f"syncpoint resolve {transaction} abort --reason TEXT"]
     told = shown(config, transaction, capsys)
     assert (told["state"], told["owner_alive"]) == ("in-doubt", False)
     assert told["decision"] == "nothing"
@@ -118,6 +123,7 @@ def test_a_server_that_is_down_is_what_it_waits_for(
         stage.ledger.server.start()
     assert branches(told)["ledger"] == ("to be ended", "unknown: unreachable")
     assert told["next"].endswith(", once ledger can be reached")
+    assert told["commands"] == ["syncpoint recover --wait 60"]
     assert list(told["unreachable"]) == ["ledger"]
     assert main(["recover", "--config", str(config)]) == 0
 
@@ -134,7 +140,8 @@ def test_a_branch_ended_against_the_decision(
     assert told["state"] == "needs-person"
     evidence = {each["participant"]: each["evidence"] for each in told["branches"]}
     assert evidence["accounts"] == "" and "somebody rolled it back" in evidence["ledger"]
-    assert "mend them by hand" in told["next"]
+    assert "mend them by hand" in told["next"] and told["acts"] == "person"
+    assert told["commands"] == [f"syncpoint forget {told['transaction']} --reason TEXT"]
 
 
 def test_a_record_that_cannot_be_read(
