@@ -1,8 +1,7 @@
-"""The demonstration, the benchmark and the README's example, run as a user runs them."""
+"""The demonstration and the README's example, run as a user runs them."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import signal
@@ -109,26 +108,6 @@ def test_an_interrupted_demo_stops_its_servers(
     for port in ports:
         with socket.socket() as client:
             assert client.connect_ex(("127.0.0.1", port)) != 0
-
-
-def test_bench_prints_a_json_object_a_line() -> None:
-    finished = run(
-        "-m", "coordinator", "bench",
-        "--json", "--rounds", "1", "--seconds", "0.1", "--clients", "2,12",
-    )  # fmt: skip
-    assert finished.returncode == 0, finished.stderr
-    lines = [json.loads(line) for line in finished.stdout.splitlines()]
-    assert [(line["clients"], line["case"]) for line in lines] == [
-        (2, "by-hand-unbounded"),
-        (2, "syncpoint-sqlite"),
-        (12, "by-hand-unbounded"),
-        (12, "by-hand-8-at-once"),
-        (12, "syncpoint-sqlite"),
-    ]
-    for line in lines:
-        assert line["per_second"] > 0 and 0 < line["p50_ms"] <= line["p99_ms"]
-        assert line["ratio"] == 1 if line["case"] == line["baseline"] else line["ratio"] > 0
-        assert "PostgreSQL" in line["machine"]
 
 
 def test_the_example_of_the_readme_runs(
