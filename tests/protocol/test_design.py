@@ -176,6 +176,14 @@ def test_a_remote_branch_is_no_one_phase_branch() -> None:
         Transaction(ID).step(Enlisted(A, PREPARED, one_phase=True))
 
 
+def test_there_is_at_most_one_last_resource() -> None:
+    """Its own commit is the decision, and there is one decision."""
+    transaction = Transaction(ID)
+    steps(transaction, Enlisted(K, last_resource=True))
+    with pytest.raises(ProtocolError):
+        transaction.step(Enlisted(branch("L"), last_resource=True))
+
+
 def test_kafka_never_commits_in_one_phase() -> None:
     """Kafka never commits in one phase."""
     with pytest.raises(ProtocolError):

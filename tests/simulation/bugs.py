@@ -6,8 +6,7 @@ which invariant found which bug how soon is printed by `python -m tests.simulati
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from coordinator.events import (
     AskLastResource,
@@ -31,37 +30,11 @@ from coordinator.model import (
     VoteKind,
     id_time_ms,
 )
-from coordinator.protocol import RULES, Phase, Transaction
+from coordinator.protocol import Phase, Transaction
 from tests.simulation import bugs_around as around
+from tests.simulation.bugs_of_servers import OF_SERVERS
+from tests.simulation.planting import Bug, mutant
 from tests.simulation.world import REAL, Parts
-
-
-class Bug(NamedTuple):
-    """A planted bug: the rule that it breaks, in words, and the world that has it."""
-
-    name: str
-    rule: str
-    parts: Parts
-    first_seed: int = 0
-    """Where the search begins; beyond the first worlds for what takes a rare coincidence."""
-
-
-def _mutant(
-    rules: dict[tuple[Phase, type], Callable[..., Any]] | None = None, **methods: Any
-) -> type[Transaction]:
-    """The real transaction with some rules replaced, by name or by place in the table."""
-    mutant = type("Mutant", (Transaction,), {"__slots__": (), **methods})
-    table = {pair: methods.get(rule.__name__, rule) for pair, rule in RULES.items()}
-    table.update(rules or {})
-
-    def step(self: Any, event: Any) -> Any:
-        rule = table.get((self.phase, type(event)))
-        if rule is None:
-            raise self._refuse(event)
-        return rule(self, event)
-
-    mutant.step = step  # type: ignore[assignment]
-    return mutant
 
 
 def _nothing(self: Any, event: Any) -> list[Any]:
@@ -243,10 +216,6 @@ def _from_a_follower(world: Any, truth: Any, reading: Any) -> Status:
     return Status.UNDECIDED if world.random() < 0.3 else status
 
 
-def _clear_up_to_the_scan(**seen: Any) -> Any:
-    return REAL.clear_mark(**{**seen, "retention_ms": 0, "alive": {}})
-
-
 def _blind_candidate(**seen: Any) -> Any:
     return REAL.horizon_candidate(**{**seen, "resources": ()})
 
@@ -256,10 +225,11 @@ def _greedy_candidate(**seen: Any) -> Any:
 
 
 def _core(**methods: Any) -> Parts:
-    return REAL._replace(transaction=_mutant(**methods))
+    return REAL._replace(transaction=mutant(**methods))
 
 
 BUGS: tuple[Bug, ...] = (
+    *OF_SERVERS,
     Bug(
         "commit-before-decision",
         "the decision is recorded before any branch commits",
@@ -421,6 +391,7 @@ BUGS: tuple[Bug, ...] = (
         "no-retention",
         "the horizon stays the retention behind",
         REAL._replace(horizon_candidate=_greedy_candidate),
+        first_seed=400,
     ),
     Bug(
         "live-while-beating",
@@ -447,6 +418,7 @@ BUGS: tuple[Bug, ...] = (
         "given-up-enlisted",
         "an answer to a request that was given up is dropped",
         REAL._replace(remote=around.EnlistsGivenUp),
+        first_seed=900,
     ),
     Bug(
         "parked-hides-unnamed",
@@ -457,12 +429,6 @@ BUGS: tuple[Bug, ...] = (
         "quarantine-stops-forgetting",
         "a quarantined branch holds no horizon back",
         REAL._replace(sweeper=around.CountsQuarantined),
-    ),
-    Bug(
-        "young-counts-as-clear",
-        "a scan is clear only of what can prepare no more",
-        REAL._replace(clear_mark=_clear_up_to_the_scan),
-        first_seed=5_000,
     ),
 )
 

@@ -7,7 +7,7 @@ coordinator. A broken property raises `Violation` with its name at the moment it
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 from coordinator.log.base import Answer, Proposal, Record, Stands
@@ -59,13 +59,16 @@ class Truth:
         "id",
         "key",
         "log",
+        "lost",
         "money",
         "one_phase",
         "person",
         "quarantined",
+        "restored",
         "slots",
         "status",
         "told",
+        "undone",
     )
 
     def __init__(self, transaction: TransactionId, log: object) -> None:
@@ -80,6 +83,9 @@ class Truth:
         self.money = 0
         self.one_phase = False
         self.person = False
+        self.undone = False
+        self.lost = False
+        self.restored = False
         self.quarantined = 0
         self.told: Outcome | None = None
         self.heuristic_told = False
@@ -94,6 +100,11 @@ class Truth:
         if self.decision.verdict is Verdict.DELEGATED:
             return self.answer
         return self.decision.verdict
+
+    @property
+    def disturbed(self) -> bool:
+        """A person ended a branch, or its resource has undone what it had answered."""
+        return self.person or self.undone
 
 
 _RANKS = {Status.UNDECIDED: 0, Status.ABORTED: 1, Status.COMMITTED: 1, Status.FORGOTTEN: 2}
@@ -131,9 +142,9 @@ class Checker:
         if slot.by_person:
             truth.person = True
             return
-        if truth.committed and not truth.person:
+        if truth.committed and not truth.disturbed:
             raise Violation("I1", f"{slot} aborted, but {truth.committed} of its kind committed")
-        if truth.told is Outcome.COMMITTED and not truth.person:
+        if truth.told is Outcome.COMMITTED and not truth.disturbed:
             raise Violation("I4", f"{slot} aborted after the client was told committed")
         delegated = truth.decision is not None and truth.decision.last_resource is not None
         if delegated and truth.answer is None and slot.named_in(truth.decision):
@@ -144,7 +155,7 @@ class Checker:
         truth.money += slot.delta
         if not slot.accepted:
             raise Violation("I1", f"{slot} committed, but no client's transaction rests on it")
-        if truth.aborted and not truth.person:
+        if truth.aborted and not truth.disturbed:
             raise Violation("I1", f"{slot} committed, but {truth.aborted} of its kind aborted")
         if truth.told is Outcome.ABORTED:
             raise Violation("I4", f"{slot} committed after the client was told aborted")
@@ -157,7 +168,7 @@ class Checker:
                 raise Violation("I5", f"{slot} committed in one phase beside a record")
         elif truth.outcome is not Verdict.COMMIT:
             raise Violation("I5", f"{slot} committed, but the register holds {truth.decision}")
-        if truth.key is not None:
+        if truth.key is not None and not truth.lost:
             self._key_committed(truth)
 
     def _read_only_committed(self, slot: Slot, truth: Truth) -> None:
@@ -219,7 +230,7 @@ class Checker:
             raise Violation("I4", f"{truth.id}: told aborted, {decision.verdict} was recorded")
         named = {branch.id for branch in decision.branches}
         for slot in truth.slots:
-            if not slot.accepted or slot.last or slot.by_person:
+            if not slot.accepted or slot.last or slot.by_person or slot.lost:
                 continue
             if slot.writes and (slot.state != PREPARED or slot.id not in named):
                 raise Violation("I2", f"a commit was recorded while {slot} had not promised it")
@@ -255,7 +266,8 @@ class Checker:
                 continue
             named = {branch.id for branch in truth.decision.branches}
             for slot in truth.slots:
-                if slot.id in named and slot.state != COMMITTED and not slot.by_person:
+                undone = slot.by_person or slot.lost or slot.came_back
+                if slot.id in named and slot.state != COMMITTED and not undone:
                     raise Violation("I9", f"{truth.id} was deleted while {slot} had not ended")
 
     # What people are told.
@@ -269,7 +281,7 @@ class Checker:
             raise Violation("I4", f"{truth.id}: told {truth.told}, then {outcome}")
         truth.told = outcome
         if outcome is Outcome.COMMITTED:
-            if truth.outcome is Verdict.ABORT or (truth.aborted and not truth.person):
+            if truth.outcome is Verdict.ABORT or (truth.aborted and not truth.disturbed):
                 raise Violation("I4", f"{truth.id}: told committed, but it aborted")
             wrote = any(slot.accepted and slot.writes for slot in truth.slots)
             if wrote and truth.outcome is not Verdict.COMMIT and not truth.one_phase:
@@ -291,7 +303,8 @@ class Checker:
     def shown(self, slot: Slot) -> None:
         """Shown to a person as ended against the decision: somebody must have meddled."""
         slot.shown = True
-        if not slot.truth.person:
+        promoted = slot.timeline != slot.resource.timeline
+        if not slot.truth.disturbed and not promoted:
             raise Violation("person", f"{slot} is shown to a person, but nobody meddled")
 
     def quarantined(self, slot: Slot, refused_at: float, need: str) -> None:
@@ -300,34 +313,88 @@ class Checker:
         slot.shown = True
         if slot.state != PREPARED and slot.ended_at < refused_at:
             raise Violation("I7", f"{slot} was quarantined although it had ended before")
-        if slot.accepted and slot.truth.committed:
+        excused = slot.came_back or slot.truth.lost
+        if slot.accepted and slot.truth.committed and not excused:
             raise Violation("I9", f"{slot} was forgotten although its transaction committed")
         if slot.state == PREPARED and not need:
             raise Violation("I7", f"{slot} was quarantined without need")
 
+    # What servers undo, and what is lost with a log. From then on an outcome may be heuristic, but
+    # it is never silent, and what was lost is never decided again.
+
+    def undone(self, slot: Slot) -> None:
+        """A resource no longer knows how it ended a branch, or that it had prepared it."""
+        truth = slot.truth
+        truth.undone = True
+        if slot.state == COMMITTED and slot.writes:
+            slot.was_committed = True
+            truth.committed -= 1
+            truth.money -= slot.delta
+        elif slot.state == ABORTED and slot.writes and slot.accepted:
+            truth.aborted -= 1
+
+    def restored(
+        self,
+        log: object,
+        known: Mapping[TransactionId, Record],
+        backup: Mapping[TransactionId, Record],
+    ) -> None:
+        """A log was replaced by a backup: what was recorded since is lost, and claims with it."""
+        for truth in self._of(log):
+            truth.restored = True
+            if truth.id in known and truth.id not in backup:
+                truth.lost = True
+            elif known.get(truth.id) != backup.get(truth.id):  # it is as it was
+                truth.deleted, truth.status = False, Status.UNDECIDED
+
+    def wiped(self, log: object) -> None:
+        for truth in self._of(log):
+            truth.lost = True
+
+    def _of(self, log: object) -> list[Truth]:
+        self.keys = {
+            key: [attempt for attempt in attempts if attempt.log is not log]
+            for key, attempts in self.keys.items()
+        }
+        return [truth for truth in self.truths.values() if truth.log is log]
+
     # The end of the world.
 
-    def at_the_end(self) -> None:
-        """After healing: everything has ended, and the sums are right."""
+    def at_the_end(self, parked: Collection[TransactionId] = ()) -> None:
+        """After healing: everything but what is parked has ended, and the sums are right."""
         for truth in self.truths.values():
+            if truth.id in parked:
+                continue
             for slot in truth.slots:
-                if slot.state == PREPARED and not slot.shown:
+                if slot.state == PREPARED and not slot.shown and not slot.log.lost:
                     raise Violation("I7", f"{slot} is still prepared")
                 if slot.state == WORKING and not slot.last and slot.accepted:
                     raise Violation("I6", f"{slot} still works")
-            self._sums(truth)
+            if not truth.lost:
+                self._sums(truth)
 
     def _sums(self, truth: Truth) -> None:
-        if truth.person:
-            wrong = [s for s in truth.slots if s.by_person and s.named_in(truth.decision)]
-            against = [s for s in wrong if (s.state == ABORTED) is (truth.committed > 0)]
-            if truth.outcome is Verdict.COMMIT and any(not s.shown for s in against):
-                raise Violation("person", f"{against} ended against the decision and is not shown")
+        if truth.disturbed:
+            self._nothing_is_silent(truth)
             return
         if truth.money != 0:
             raise Violation("money", f"{truth.id} moved {truth.money}: {truth.slots}")
+        if truth.restored and any(slot.state == PREPARED for slot in truth.slots):
+            return  # it was undecided, and is quarantined
         writers = [s for s in truth.slots if s.accepted and s.writes]
         if truth.told is Outcome.COMMITTED and any(s.state != COMMITTED for s in writers):
             raise Violation("I4", f"{truth.id}: told committed, but {writers}")
         if truth.outcome is Verdict.COMMIT and any(s.state != COMMITTED for s in writers):
             raise Violation("I6", f"{truth.id} is decided commit, but {writers}")
+
+    def _nothing_is_silent(self, truth: Truth) -> None:
+        """What was ended or lost against a commit is shown.
+
+        But for what a resource lost after it had acknowledged the end: nobody asks it again.
+        """
+        if truth.outcome is not Verdict.COMMIT:
+            return
+        for slot in truth.slots:
+            against = slot.named_in(truth.decision) and slot.state == ABORTED
+            if against and not slot.shown and not slot.was_committed:
+                raise Violation("person", f"{slot} ended against the decision and is not shown")

@@ -200,7 +200,8 @@ class Client:
         self, resource: Resource, writes: bool, refuses: bool, delta: int, last: bool = False
     ) -> bool:
         """BEGIN and the work of one branch; False when the resource cannot be reached."""
-        if resource.down or self.driver.core.phase is not Phase.ACTIVE:
+        lacking = not self.process.has(resource)
+        if resource.down or lacking or self.driver.core.phase is not Phase.ACTIVE:
             return False
         slot = open_slot(self.process, resource, self.truth)
         slot.writes, slot.refuses, slot.delta, slot.last = writes, refuses, delta, last

@@ -61,6 +61,7 @@ class Driver:
         "pause",
         "preparing",
         "process",
+        "proposed_at",
         "refused_at",
         "watcher",
     )
@@ -78,6 +79,7 @@ class Driver:
         self.pause = 0.05
         self.preparing: dict[BranchId, Slot] = {}
         self.refused_at = NEVER
+        self.proposed_at = NEVER
         self.watcher: Callable[[], None] | None = None
 
     @property
@@ -178,11 +180,11 @@ class Driver:
         process = self.process
         world = process.world
         if not self.once and action.decision.verdict is not Verdict.ABORT:
+            self.proposed_at = world.now
             if world.crash_at_decision and world.random() < world.crash_at_decision:
                 process.crash()
                 return
             if world.pause_at_decision and world.random() < world.pause_at_decision:
-                world.count("S07 a coordinator is paused with all votes in hand")
                 process.pause(world.pause_most * (0.3 + 0.7 * world.random()))
         proposal = Proposal(self.core.id, action.decision, action.claims, action.attachment)
         self.ask(process.log, process.log.propose, proposal, self._decided, action)
@@ -193,6 +195,18 @@ class Driver:
             return
         self.out -= 1
         self.post(self.read_answer(answer))
+        if not self.once and action.decision.verdict is not Verdict.ABORT:
+            self._count_sleep()
+
+    def _count_sleep(self) -> None:
+        """It may have slept between its proposal and the answer."""
+        if self.process.resumed_at < self.proposed_at:
+            return
+        world, phase = self.process.world, self.core.phase
+        if phase is Phase.ROLLING_BACK:
+            world.count("S07 who slept with all votes in hand finds an abort")
+        elif phase is Phase.UNKNOWN:
+            world.count("S07 who slept with all votes in hand is refused below the horizon")
 
     def read_answer(self, answer: Answer) -> Event:
         if isinstance(answer, BelowHorizon):
@@ -224,6 +238,11 @@ class Driver:
             self._again(self._ask_what_became, action)
             return
         self.out -= 1
+        if verdict is Verdict.DELEGATED:
+            self.process.world.count("a one-phase commit's fate is lost with its server")
+            self.gave_up = True
+            self.wake()
+            return
         self.post(Answered(verdict, "the resource said so"))
 
     def _ask_what_became(self, action: CommitOnePhase) -> None:

@@ -50,6 +50,24 @@ KINDS = (
 )
 """Every kind of fault, in the order in which they are drawn."""
 
+RARE = (
+    "sync-stall",
+    "resource-full",
+    "few-slots",
+    "locked-out",
+    "promotion",
+    "resource-restored",
+    "log-full",
+    "log-breaks",
+    "log-restored",
+    "log-wiped",
+    "poison",
+    "participant-removed",
+    "crash-all",
+    "deadlock",
+)
+"""Disasters: each is on in one of eight worlds, unless `_CHANCES` says otherwise."""
+
 SHAPES = ("plain", "one-phase", "read-only", "remote", "last-resource", "handed", "keyed")
 """Every shape of a client's transaction."""
 
@@ -111,6 +129,11 @@ class Options:
             on, rate = draw.random() < _CHANCES.get(kind, 0.5), draw.random()
             if on and kind not in dropped:
                 self.rates[kind] = rate
+        rare = Random(f"disasters {seed}").random
+        for kind in RARE:
+            on, rate = rare() < _CHANCES.get(kind, 0.125), rare()
+            if on and kind not in dropped:
+                self.rates[kind] = rate
         chosen = [shape for shape in SHAPES if draw.random() < 0.6] or ["plain"]
         self.shapes = tuple(chosen)
         self._by_weight = [
@@ -165,4 +188,5 @@ _CHANCES = {
     "short-deadline": 0.35,
     "crash": 0.5,
     "absent-sweeper": 0.3,
+    "resource-restored": 0.3,
 }

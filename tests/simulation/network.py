@@ -11,12 +11,26 @@ from heapq import heappush
 from typing import TYPE_CHECKING, Any
 
 from tests.simulation.faults import CALL_TIMEOUT, Options
+from tests.simulation.resources import HANGS
 
 if TYPE_CHECKING:
     from tests.simulation.processes import Process
     from tests.simulation.world import World
 
 NEVER = float("inf")
+WRITES = frozenset(
+    (
+        "propose",
+        "record_answer",
+        "name_attempt",
+        "finish",
+        "raise_horizon",
+        "forget",
+        "swept",
+        "report",
+    )
+)
+"""The operations of a log that write to its disk."""
 
 
 class Network:
@@ -58,6 +72,9 @@ class Network:
             return NEVER
         world = self.world
         draw = world.random
+        if (process.lacks or process.log_broken) and not process.reaches(server, operation):
+            self._no_answer(process, done, context, world.now + 0.02)
+            return NEVER
         if process.crash_rate and draw() < process.crash_rate:
             process.crash()
             return NEVER
@@ -107,11 +124,18 @@ class Network:
     ) -> None:
         world = self.world
         answer = None
-        if not server.down:
+        if server.down:
+            world.count(_DOWN.get(operation.__name__, "a request finds its server down"))
+        elif process.disk_fails and operation.__name__ in WRITES:
+            self._break_disk(process, operation, request)
+        else:
             answer = operation(request)
             if lost:
                 world.count(_LOST.get(operation.__name__, "an answer is lost"))
         if lost or not process.alive:
+            return
+        if answer is HANGS:
+            request.answer = lambda vote: self._let_go(process, done, context, vote)
             return
         if world.healed:
             process.deliver(done, context, answer)
@@ -127,6 +151,29 @@ class Network:
             ),
         )
 
+    def _let_go(
+        self, process: Process, done: Callable[[Any, Any], None], context: Any, answer: Any
+    ) -> None:
+        """A server that kept its caller waiting answers."""
+        self.world.at(0.01, process.deliver, done, context, answer)
+
+    def _break_disk(self, process: Process, operation: Callable[[Any], Any], request: Any) -> None:
+        """An fsync fails: what was written may stand; the process uses its log no more, and ends.
+
+        Whoever runs it starts it again.
+        """
+        world = self.world
+        process.disk_fails, process.log_broken = False, True
+        world.note(f"the log breaks for {process}")
+        if world.random() < 0.5:
+            operation(request)
+            world.count("S15 a write stands though its fsync failed")
+        else:
+            world.count("S15 a write is gone with its fsync")
+        seconds = 0.2 + world.random()
+        world.quiet_at = max(world.quiet_at, world.now + seconds)
+        world.at(seconds, process.crash)
+
     def _again(self, at: float, server: Any, operation: Callable[[Any], Any], request: Any) -> None:
         self.world.quiet_at = max(self.world.quiet_at, at + 0.02)
         self.world.at(at - self.world.now + 0.02, self._arrive_again, server, operation, request)
@@ -141,6 +188,11 @@ class Network:
     ) -> None:
         self.world.at(at - self.world.now, process.deliver, done, context, None)
 
+
+_DOWN = {
+    "propose": "S12 a decision waits for the log",
+    "commit": "S25 a COMMIT PREPARED cannot reach its server and is tried again",
+}
 
 _LOST = {
     "propose": "S09 the log's answer is lost after it wrote",

@@ -14,6 +14,7 @@ from coordinator.members.base import Beat, InFlight
 from coordinator.model import Claim, MemberId, TransactionId, id_floor, id_time_ms
 from coordinator.protocol import Phase, Published
 from coordinator.sweep import Case
+from tests.simulation import disasters
 from tests.simulation.drivers import Driver
 from tests.simulation.faults import (
     BEAT_INTERVAL,
@@ -26,7 +27,7 @@ from tests.simulation.network import NEVER
 
 if TYPE_CHECKING:
     from tests.simulation.logserver import LogServer
-    from tests.simulation.resources import Slot
+    from tests.simulation.resources import Resource, Slot
     from tests.simulation.world import World
 
 
@@ -40,6 +41,9 @@ class Process:
         self.member = MemberId(f"{world.number():016x}")
         self.alive = True
         self.paused = False
+        self.disk_fails = False
+        self.log_broken = False
+        self.lacks = disasters.lacks(world, self)
         self.resumed_at = -1.0
         self.ready = False
         self.backlog: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
@@ -57,6 +61,19 @@ class Process:
 
     def __repr__(self) -> str:
         return f"P{self.place}.{self.member[-3:]}"
+
+    def has(self, resource: Resource) -> bool:
+        """Its settings name this participant."""
+        return resource.name != self.lacks
+
+    def reaches(self, server: Any, operation: Callable[[Any], Any]) -> bool:
+        """It has the participant, and its log is not broken."""
+        if server is self.log:
+            return not self.log_broken
+        if getattr(server, "name", None) != self.lacks or self.lacks is None:
+            return True
+        self.world.count(f"S46 a process without the participant is asked to {operation.__name__}")
+        return False
 
     # Clocks.
 
@@ -156,6 +173,8 @@ class Process:
         self.resumed_at = self.world.now
         if self.world.trace is not None:
             self.world.note(f"{self} goes on")
+        if any(driver.core.phase is Phase.COMMIT_PROPOSED for driver in self.drivers.values()):
+            self.world.count("S07 a coordinator wakes with all votes in hand")
         backlog, self.backlog = self.backlog, []
         while backlog and self.alive and not self.paused:
             call, arguments = backlog.pop(0)

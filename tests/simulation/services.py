@@ -119,7 +119,7 @@ class RemoteClient(Client):
         """Join, work, and prepare when the request ends."""
         resource, writes, refuses = self.plan.branches[wanted]
         target = self.world.resources[resource]
-        if target.down or not service.ready:
+        if target.down or not service.ready or not service.has(target):
             return
         slot = open_slot(service, target, self.truth)
         slot.refuses, slot.delta = refuses, self.plan.deltas[wanted]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tests.simulation.crossed import PAIRS
 from tests.simulation.faults import Options
 from tests.simulation.runner import violation_of
 from tests.simulation.world import Parts, World
@@ -19,7 +20,7 @@ RUNS_MOST = 1_500
 def shrink(options: Options, name: str, parts: Parts) -> Options:
     """The smallest world found that breaks the invariant `name`; at worst the one given."""
     budget = [RUNS_MOST]
-    best = _with(options, only=tuple(range(options.transactions)))
+    best = _with(options, only=tuple(range(options.transactions + 2 * PAIRS)))
     if not _fails(best, name, parts, budget):
         return options
     smaller: Options | None = best

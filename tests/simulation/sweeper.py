@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from coordinator.events import AbortRequested
-from coordinator.log.base import Incident, Page, Reading, Record
+from coordinator.log.base import Incident, Page, Record, Unreadable
 from coordinator.log.base import Resource as KnownResource
 from coordinator.members.base import Beat
 from coordinator.model import Branch, MemberId, TransactionId
@@ -30,6 +30,9 @@ from tests.simulation.resources import Resource
 
 if TYPE_CHECKING:
     from tests.simulation.world import World
+
+MANY = 6
+"""Many for a world of some twenty transactions."""
 
 ABORT_FOUND = AbortRequested("found by recovery")
 
@@ -53,6 +56,7 @@ class Sweeper:
         self.began_ms = 0
         self.found: dict[str, list[Branch]] = {}
         self.records: dict[TransactionId, Record] = {}
+        self.unreadable: set[TransactionId] = set()
         self.waiting = 0
 
     def start(self) -> None:
@@ -68,7 +72,9 @@ class Sweeper:
         world = self.world
         if world.sleepy and world.random() < world.sleepy:
             world.count("a sweeper sleeps in the middle of its round")
-            self.process.later(world.sleep_most * world.random(), following, *arguments)
+            sleep = world.sleep_most * world.random()
+            world.quiet_at = max(world.quiet_at, world.now + sleep)
+            self.process.later(sleep, following, *arguments)
             return
         following(*arguments)
 
@@ -91,8 +97,9 @@ class Sweeper:
             return
         self.quarantined = frozenset(incident.gid for incident in incidents)
         self.began_ms = self.process.wall_ms()
-        self.waiting = len(self.world.resources)
-        for resource in self.world.resources:
+        resources = [each for each in self.world.resources if self.process.has(each)]
+        self.waiting = len(resources)
+        for resource in resources:
             self.world.network.call(
                 self.process, resource, resource.recover, self.log, self._scanned, resource
             )
@@ -114,12 +121,12 @@ class Sweeper:
             self._rest()
             return
         for record in page.records:
-            assert isinstance(record, Record)
-            self.records[record.transaction] = record
+            self.sort(record)
         missing = {
             branch.xid.transaction: None
             for branch in self._seen()
             if branch.xid.transaction not in self.records
+            and branch.xid.transaction not in self.unreadable
             and branch.xid.transaction not in self.process.drivers
         }
         if not missing:
@@ -127,14 +134,21 @@ class Sweeper:
             return
         self._ask(self.log.read_many, list(missing), self._missing_read)
 
-    def _missing_read(self, _: int, readings: Sequence[Reading] | None) -> None:
-        if readings is None:
+    def _missing_read(self, _: int, found: Sequence[Record | Unreadable | None] | None) -> None:
+        if found is None:
             self._rest()
             return
-        for reading in readings:
-            if reading.record is not None:
-                self.records[reading.record.transaction] = reading.record
+        for record in found:
+            if record is not None:
+                self.sort(record)
         self._step(self._judge)
+
+    def sort(self, record: Record | Unreadable) -> None:
+        """A record that cannot be read parks its own transaction only."""
+        if isinstance(record, Unreadable):
+            self.unreadable.add(record.transaction)
+        else:
+            self.records[record.transaction] = record
 
     def _seen(self) -> list[Branch]:
         """What was found and does not wait for a person."""
@@ -160,8 +174,10 @@ class Sweeper:
             alive=self.alive,
             seen=seen,
             records=self.records,
-            driven_here=[*self.process.drivers, *parked],
+            driven_here=[*self.process.drivers, *self.unreadable, *parked],
         )
+        if len(cases) >= MANY:
+            self.world.count("S47 a sweep finds many in doubt at once")
         self.waiting = 1 + len(cases)
         for case in cases:
             self._drive(case)

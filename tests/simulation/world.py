@@ -7,6 +7,7 @@ back, and all that was begun must end. The same options give the same history, e
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from heapq import heappop, heappush
 from random import Random
 from typing import Any, NamedTuple
@@ -26,14 +27,15 @@ from coordinator.model import (
 )
 from coordinator.protocol import Phase, Transaction
 from coordinator.sweep import Case, Watch, clear_mark, horizon_candidate
-from tests.simulation import clients, keys, services
+from tests.simulation import clients, crossed, keys, services
 from tests.simulation.checkers import COMMITTED, PREPARED, WORKING, Checker, Truth, Violation
+from tests.simulation.disasters import DISASTERS
 from tests.simulation.drivers import Driver
 from tests.simulation.faults import RETENTION, Options
 from tests.simulation.logserver import LogServer
 from tests.simulation.network import Network
 from tests.simulation.processes import Process
-from tests.simulation.resources import LastResource, Resource, Slot
+from tests.simulation.resources import NO_LIMIT, LastResource, Resource, Slot
 from tests.simulation.sweeper import Sweeper
 
 SKEW_MOST = 4.0
@@ -65,6 +67,7 @@ class Parts(NamedTuple):
     process: Any = Process
     resource: Any = Resource
     log: Any = LogServer
+    restore: Any = Register.raise_horizon
     status: Any = read_status
 
 
@@ -96,8 +99,14 @@ class World:
         self._numbers = 0
         self._read_rates(options)
         self.network = Network(self, options)
-        self.logs = [parts.log(self, n + 1) for n in range(2 if options.on("two-logs") else 1)]
+        self.logs: list[LogServer] = [
+            parts.log(self, n + 1) for n in range(2 if options.on("two-logs") else 1)
+        ]
+        self.every_log = list(self.logs)
         self.resources = [parts.resource(self, f"db{n}") for n in range(options.resources)]
+        if options.on("few-slots"):
+            for resource in self.resources:
+                resource.slots_most = 1 + int(2.0 * options.rates["few-slots"])
         self.last_resource = LastResource(self, "topic")
         for log in self.logs:
             for resource in self.resources:
@@ -123,6 +132,8 @@ class World:
         draw = Random(f"clocks {options.seed}").random
         places = range(options.processes)
         amount = options.rate("clocks", 0.2, 1.0)
+        # In some worlds a clock is off by more than the retention: as an hour is in real life.
+        self.jump_most = SKEW_MOST if options.rates.get("clocks", 0.0) < 0.8 else 3.0 * RETENTION
         self.skew = [SKEW_MOST * amount * (2.0 * draw() - 1.0) for _ in places]
         self.fastest = max(self.skew)
         self.tempo = [1.0 + 0.3 * amount * (2.0 * draw() - 1.0) for _ in places]
@@ -184,7 +195,11 @@ class World:
         self.checker.told(truth, outcome, heuristic=heuristic)
 
     def quarantined(self, slot: Slot, refused_at: float) -> None:
-        self.count("S30 a branch is quarantined")
+        self.count("a branch is quarantined")
+        if slot.came_back:
+            self.count("S30 a branch of a restored database is quarantined")
+        elif slot.truth.restored:
+            self.count("S17 a branch that a restored log does not know is quarantined")
         self.checker.quarantined(slot, refused_at, self._need(slot))
 
     def _need(self, slot: Slot) -> str:
@@ -197,15 +212,16 @@ class World:
         """
         if self.early_horizon_used:
             return "the horizon was raised early"
+        if slot.came_back:
+            return "the resource went back to a time when it was prepared"
+        if slot.truth.restored:
+            return "the log was restored from a backup"
+        if self.jump_most > RETENTION:
+            return "clocks were off by more than the retention"
         if slot.attended:
             return ""  # its own coordinator lived, knew that the PREPARE was out, and said so
-        age = (
-            self.epoch_ms / 1000
-            + slot.prepared_at
-            + self.fastest
-            - (id_time_ms(slot.truth.id) / 1000)
-        )
-        if age >= RETENTION / 2:
+        drawn = (id_time_ms(slot.truth.id) - self.epoch_ms) / 1000
+        if slot.prepared_at + self.fastest - drawn >= RETENTION / 2:
             return "prepared later than half the retention after its transaction began"
         return ""
 
@@ -313,6 +329,10 @@ class World:
             plan = clients.Plan(number, draw, options)
             if options.only is None or number in options.only:
                 self.at(plan.start, clients.make(self, plan).start)
+        if options.on("deadlock"):
+            for client in crossed.pairs(self, Random(f"deadlocks {options.seed}")):
+                if options.only is None or client.plan.number in options.only:
+                    self.at(client.plan.start, client.start)
         self._schedule_faults(Random(f"faults {options.seed}"))
         self.run_until(0.3 + options.safety)
         self._heal()
@@ -329,11 +349,14 @@ class World:
             ("clocks", 2, self._clock_jump),
             ("early-horizon", 3, self._early_horizon),
             ("person", 3, self._person),
+            *((kind, most, partial(fault, self)) for kind, most, fault in DISASTERS),
         ):
             times = [(draw.random(), draw.random(), draw.random()) for _ in range(most)]
             for number, (at, which, amount) in enumerate(times):
                 if options.on(kind) and number <= options.rates[kind] * most:
-                    self.at(at * safety, fault, which, amount)
+                    # A backup is restored late, when much has been forgotten since it was taken.
+                    when = at**0.25 if kind == "resource-restored" else at
+                    self.at(when * safety, fault, which, amount)
 
     def _resource_down(self, which: float, amount: float) -> None:
         resource = self.resources[int(which * len(self.resources))]
@@ -365,8 +388,13 @@ class World:
         self.processes[int(which * len(self.processes))].crash()
 
     def _clock_jump(self, which: float, amount: float) -> None:
-        self.count("S43 a clock jumps")
-        self.skew[int(which * len(self.skew))] = SKEW_MOST * (2.0 * amount - 1.0)
+        place = int(which * len(self.skew))
+        before, self.skew[place] = self.skew[place], self.jump_most * (2.0 * amount - 1.0)
+        jump = abs(self.skew[place] - before)
+        if self.processes[place].alive and jump > RETENTION / 2:
+            self.count("S43 the clock of a living coordinator jumps")
+            if jump > RETENTION:
+                self.count("S43 it jumps by more than the retention")
         self.fastest = max(self.fastest, *self.skew)
 
     def _early_horizon(self, which: float, amount: float) -> None:
@@ -389,9 +417,14 @@ class World:
         self.late_prepare = self.sleepy = self.marks_lost = self.members_wrong = 0.0
         self.network.heal()
         for server in (*self.resources, *self.logs):
-            server.down = False
+            server.down = server.full = False
+        for resource in self.resources:
+            resource.locked_out = resource.stalled = False
+            resource.slots_most = NO_LIMIT
+            resource.release_held(canceled=False)
         for process in self.processes:
             process.crash_rate = 0.0
+            process.disk_fails, process.lacks = False, None
         self.skew = [0.0 for _ in self.skew]
         self.run_until(max(self.now, self.quiet_at))
         if self.options.restart_all:
