@@ -21,9 +21,15 @@ def current() -> GlobalTransaction | None:
 
 
 def running() -> GlobalTransaction | None:
-    """The transaction that `current` is, unless it has ended and a stray task goes on."""
+    """The transaction that `current` is, unless it has ended and a stray task goes on.
+
+    A body that runs on after its deadline, as one in a thread does, is no stray: what it calls must
+    not begin a transaction of its own and commit it.
+    """
     transaction = _current.get()
-    return None if transaction is None or transaction.has_ended else transaction
+    if transaction is None or (transaction.has_ended and transaction.is_left):
+        return None
+    return transaction
 
 
 def enter(transaction: GlobalTransaction | None) -> Token[GlobalTransaction | None]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, overload
 
-from coordinator import config
+from coordinator import asking, config
 from coordinator.blocking import BlockingCoordinator
 from coordinator.config import Settings
 from coordinator.decorating import F, How, decorate
@@ -18,9 +18,10 @@ from coordinator.engine import Engine, draw_member_id, now_ms
 from coordinator.errors import ConfigurationError, TransactionError
 from coordinator.keys import check_key
 from coordinator.log import open_log
-from coordinator.log.base import BelowHorizon, Log, LogIdentity, Proposal
+from coordinator.log.base import Log, LogIdentity
+from coordinator.logs import note
 from coordinator.members.base import Members
-from coordinator.model import ABORT, Status, TransactionId, Verdict, parse_transaction_id
+from coordinator.model import Status, parse_transaction_id
 from coordinator.participant import Binding, Participant
 from coordinator.propagation import Propagation
 from coordinator.recovery import Recovery, Round
@@ -143,7 +144,8 @@ class Coordinator:
 
     async def _leave_dead_loop(self) -> None:
         """Its loop ended without closing it, as loops of tests do: give back what can be."""
-        logger.warning("the event loop of the coordinator ended without closing it")
+        message = "the event loop of the coordinator ended without closing it"
+        note(logger, logging.WARNING, "loop-ended", message, cluster=self.cluster)
         engine, self._engine = self._engine, None
         self._sweep = None
         if engine is not None:
@@ -160,7 +162,9 @@ class Coordinator:
         await engine.start()
         self._process, self._loop = os.getpid(), asyncio.get_running_loop()
         self._engine, self._recovery = engine, Recovery(engine, unreachable)
-        logger.info("open: cluster %s, log %s, member %s", self.cluster, identity.id, engine.member)
+        message = "open: cluster %s, log %s, member %s"
+        fields = {"cluster": self.cluster, "log": identity.id, "member": engine.member}
+        note(logger, logging.INFO, "opened", message, *fields.values(), **fields)
 
     async def _open_participants(
         self, log: Log, binding: Binding, tolerate_unreachable: bool
@@ -174,7 +178,9 @@ class Coordinator:
             except ConfigurationError as error:
                 if not tolerate_unreachable:
                     raise
-                unreachable[name] = str(error)
+                unreachable[name] = why = str(error)
+                message = "%s cannot be opened and is left out: %s"
+                note(logger, logging.INFO, "left-out", message, name, why, participant=name)
                 continue
             self._opened.append(participant)
             if identity in identities:
@@ -196,6 +202,8 @@ class Coordinator:
             self._sweep = None
         if engine is not None:
             await engine.stop()
+            fields = {"cluster": self.cluster, "member": engine.member}
+            note(logger, logging.INFO, "closed", "closed: member %s", engine.member, **fields)
         await self._release()
 
     async def _release(self) -> None:
@@ -204,8 +212,10 @@ class Coordinator:
         for participant in reversed(opened):
             try:
                 await participant.close()
-            except Exception:
-                logger.exception("closing %s failed", participant.name)
+            except Exception as error:
+                name, message = participant.name, "closing %s failed"
+                fields: dict[str, Any] = {"participant": name, "exc_info": error}
+                note(logger, logging.ERROR, "closing-failed", message, name, **fields)
         log, self._log = self._log, None
         if log is not None:
             await log.close()
@@ -344,29 +354,15 @@ class Coordinator:
         `forgotten` that it is older than what is kept. Raises `ValueError` for what is no id, and
         `LogUnavailable`.
         """
-        return await self._status(parse_transaction_id(transaction))
+        return await asking.status_of(self.engine().log, parse_transaction_id(transaction))
 
     async def abort(self, transaction: str) -> Status:
         """Propose abort and answer what stands, for who needs an end now.
 
-        Never `undecided`, unless a last resource still has to answer. Raises as `status` does;
-        after `LogUnavailable` the abort may stand or not: ask again.
+        Never `undecided`, unless a resource whose own commit is the decision has still to answer.
+        Raises as `status` does; after `LogUnavailable` the abort may stand or not: ask again.
         """
-        transaction_id = parse_transaction_id(transaction)
-        answer = await self.engine().log.propose(Proposal(transaction_id, ABORT))
-        if isinstance(answer, BelowHorizon):
-            return Status.FORGOTTEN
-        return await self._status(transaction_id)
-
-    async def _status(self, transaction: TransactionId) -> Status:
-        reading = await self.engine().log.read(transaction)
-        if reading.record is None:
-            below = transaction < reading.horizon
-            return Status.FORGOTTEN if below else Status.UNDECIDED
-        verdict = reading.record.answer or reading.record.decision.verdict
-        if verdict is Verdict.DELEGATED:
-            return Status.UNDECIDED
-        return Status.COMMITTED if verdict is Verdict.COMMIT else Status.ABORTED
+        return await asking.abort(self.engine(), parse_transaction_id(transaction))
 
     async def recover(
         self, progress: Callable[[int, int], None] | None = None, *, dry_run: bool = False

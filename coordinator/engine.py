@@ -14,16 +14,17 @@ from collections.abc import Mapping
 
 from uuid_utils import uuid7
 
-from coordinator import failpoint
+from coordinator import failpoint, story
 from coordinator.config import Settings
 from coordinator.driver import Driver, Patience
 from coordinator.errors import LogUnavailable, TransactionError
 from coordinator.events import AbortRequested, Published
 from coordinator.gate import Gate
 from coordinator.log.base import Log, LogIdentity, Mark
+from coordinator.logs import note, say
 from coordinator.members.base import Beat, InFlight, Members
 from coordinator.model import Claim, MemberId, TransactionId, id_floor, id_time_ms
-from coordinator.participant import Bounded, Participant
+from coordinator.participant import Bounded, Participant, Prompt
 from coordinator.protocol import Phase, Transaction
 from coordinator.sweep import Case
 
@@ -62,6 +63,9 @@ class Engine:
         self.members = members
         self.member = member
         self.participants = participants
+        self.prompt: Mapping[str, Prompt] = {
+            name: each for name, each in participants.items() if isinstance(each, Prompt)
+        }
         self.settings = settings
         self.retry_first = settings.retry_first
         self.retry_most = settings.retry_most
@@ -93,7 +97,9 @@ class Engine:
         self._closing = True
         for driver in list(self.drivers.values()):
             if driver.core.phase is Phase.ACTIVE:
-                driver.post(AbortRequested("the coordinator is closing", retryable=True))
+                reason = "the coordinator is closing"
+                driver.story.abort_requested(logging.INFO, reason)
+                driver.post(AbortRequested(reason, retryable=True))
         await self._drain()
         for task in self._background:
             task.cancel()
@@ -102,19 +108,22 @@ class Engine:
             await self.write_marks()
             await self.members.leave()
         except LogUnavailable as error:
-            logger.warning("closing without the last finished marks: %s", error)
+            message = "closing without the last finished marks: %s"
+            note(logger, logging.WARNING, "marks-late", message, error, error=str(error))
 
     async def _drain(self) -> None:
         if self.drivers:
-            logger.info("waiting for %d transactions to end", len(self.drivers))
+            count = len(self.drivers)
+            message = "waiting for %d transactions to end"
+            note(logger, logging.INFO, "draining", message, count, count=count)
             self._idle.clear()
             try:
                 async with asyncio.timeout(self.settings.drain_timeout):
                     await self._idle.wait()
             except TimeoutError:
-                logger.warning(
-                    "%d transactions have not ended; recovery will end them", len(self.drivers)
-                )
+                for driver in self.drivers.values():
+                    message = "has not ended before closing; recovery will end it"
+                    say(logger, logging.WARNING, driver.core.id, "left", message)
         for driver in list(self.drivers.values()):
             driver.abandon()
 
@@ -146,6 +155,8 @@ class Engine:
         transaction = transaction or self.draw()
         deadline = asyncio.get_running_loop().time() + timeout
         driver = Driver(self, Transaction(transaction, claims=claims), deadline=deadline)
+        if story.logger.isEnabledFor(logging.DEBUG):
+            driver.tell_in_full(timeout, claims)
         self.drivers[transaction] = driver
         return driver
 
@@ -167,10 +178,17 @@ class Engine:
                 "one of the cluster's clocks is wrong; correct it and begin again"
             )
 
+    def decides_elsewhere(self, transaction: TransactionId) -> bool:
+        """Its one branch is being committed in one phase here: an abort in the log would lie."""
+        driver = self.drivers.get(transaction)
+        return driver is not None and driver.core.phase is Phase.ONE_PHASE
+
     async def recover(self, case: Case) -> Driver:
         """Drive a transaction found by the sweep as far as it goes now."""
         core = Transaction.in_doubt(case.transaction, case.branches)
         driver = Driver(self, core, patience=Patience.ONCE)
+        if story.logger.isEnabledFor(logging.DEBUG):
+            driver.tell_in_full()
         self.drivers[case.transaction] = driver
         try:
             driver.post(AbortRequested("found by recovery"))
@@ -202,7 +220,8 @@ class Engine:
             try:
                 await self.members.beat(self._beat())
             except LogUnavailable as error:
-                logger.warning("cannot say that this member lives: %s", error)
+                message = "cannot say that this member lives: %s"
+                note(logger, logging.WARNING, "no-beat", message, error, error=str(error))
 
     def _beat(self) -> Beat:
         now = asyncio.get_running_loop().time()
@@ -227,20 +246,21 @@ class Engine:
             try:
                 await self.write_marks()
             except LogUnavailable as error:
-                logger.warning("finished marks are late: %s", error)
+                message = "finished marks are late: %s"
+                note(logger, logging.WARNING, "marks-late", message, error, error=str(error))
 
     async def write_marks(self) -> None:
         """Write the finished marks that wait; raises `LogUnavailable` and keeps them."""
         marks, self._marks = self._marks, []
         if not marks:
             return
-        failpoint.reach("forget:before")
+        failpoint.reach("forget:before", self)
         try:
             await self.log.finish(marks)
         except LogUnavailable:
             self._marks = marks + self._marks
             raise
-        failpoint.reach("forget:after")
+        failpoint.reach("forget:after", self)
 
 
 def _shown(unix_ms: int) -> str:

@@ -45,14 +45,20 @@ class OutcomeUnknown(TransactionError):
     """The transaction may commit or abort, or has; nobody here can say which.
 
     Do not run it again blindly: ask `await coordinator.status(error.transaction_id)`, or
-    `await coordinator.abort(...)` when an end is needed now.
+    `await coordinator.abort(...)` when an end is needed now. Where `recorded` is False that does
+    not help: the commit of the only database that was written to was the decision, the log knows
+    nothing of it, and only that database can tell.
     """
 
-    def __init__(self, reason: str, *, transaction_id: TransactionId) -> None:
+    def __init__(
+        self, reason: str, *, transaction_id: TransactionId, recorded: bool = True
+    ) -> None:
+        ask = "ask coordinator.status(id)" if recorded else "look into that database"
         super().__init__(
-            f"{reason}; the outcome of transaction {transaction_id} is not known here: ask "
-            "coordinator.status(id) before running it again"
+            f"{reason}; the outcome of transaction {transaction_id} is not known here: {ask} "
+            "before running it again"
         )
+        self.recorded = recorded
         self.transaction_id = transaction_id
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 _handler: Callable[[str], None] | None = None
+owner: object = None
+"""While the handler runs: whose point it is, a driver or an engine."""
 
 
 def install(handler: Callable[[str], None] | None) -> None:
@@ -17,7 +19,9 @@ def install(handler: Callable[[str], None] | None) -> None:
     _handler = handler
 
 
-def reach(point: str) -> None:
+def reach(point: str, whose: object) -> None:
     """Mark that `point` is reached: `<effect>:before` or `<effect>:after`."""
+    global owner
     if _handler is not None:
+        owner = whose
         _handler(point)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from typing import Any
 
-from coordinator.model import Outcome
+from coordinator.logs import kind_of, note, place_of
+from coordinator.model import Outcome, TransactionId
 
 logger = logging.getLogger("syncpoint.transactional")
 
@@ -19,6 +21,9 @@ AfterEnd = Callable[[Outcome], Awaitable[None] | None]
 
 class Hooks:
     """The calls that wait for one transaction's end, in the order of their registration."""
+
+    transaction: TransactionId | None = None
+    """Whose end is waited for, for the logs."""
 
     def __init__(self) -> None:
         self.before_commit: list[BeforeCommit] = []
@@ -42,12 +47,18 @@ class Hooks:
                 result = self.after_end.pop(0)(outcome)
                 if result is not None:
                     await result
-            except Exception:
-                logger.exception("a call after the end of a transaction failed")
+            except Exception as error:
+                self._failed(error)
 
     def run_after_end_blocking(self, outcome: Outcome) -> None:
         while self.after_end:
             try:
                 self.after_end.pop(0)(outcome)
-            except Exception:
-                logger.exception("a call after the end of a transaction failed")
+            except Exception as error:
+                self._failed(error)
+
+    def _failed(self, error: Exception) -> None:
+        message = "a call after the end of transaction %s raised %s at %s"
+        kind, place = kind_of(error), place_of(error)
+        fields: dict[str, Any] = {"transaction": self.transaction, "error": kind, "place": place}
+        note(logger, logging.ERROR, "call-failed", message, *fields.values(), **fields)

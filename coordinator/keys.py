@@ -9,6 +9,7 @@ outlives the record. `docs/design.md` section 4 has the reasons.
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import Any
 
 import msgspec
@@ -22,7 +23,10 @@ from coordinator.errors import (
     TransactionError,
 )
 from coordinator.log.base import Attempt, BelowHorizon, KeyState, Proposal
+from coordinator.logs import say
 from coordinator.model import ABORT, Claim, Outcome, TransactionId, id_time_ms
+
+logger = logging.getLogger("syncpoint.keys")
 
 KEY_BYTES_MAX = 512
 RESULT_BYTES_MAX = 64 * 1024
@@ -72,6 +76,7 @@ async def begin_under(engine: Engine, key: str, timeout: float) -> Driver:
         attempt = Attempt(transaction, int(timeout * 1000), engine.member)
         state = await engine.log.name_attempt(claim, attempt, expected)
         if state.committed and state.holder is not None:
+            _say(state.holder, "repeated", "key %r was committed by it: a repeat ends here", key)
             raise AlreadyDecided(
                 key,
                 transaction_id=state.holder,
@@ -80,6 +85,7 @@ async def begin_under(engine: Engine, key: str, timeout: float) -> Driver:
             )
         if state.holder is None and state.attempt == attempt:
             left = deadline - loop.time()
+            _say(transaction, "attempt", "has its turn under key %r", key)
             return engine.begin(left, (claim,), transaction)
         expected = await _Former(engine, key, state, deadline).ended()
 
@@ -101,6 +107,7 @@ class _Former:
         transaction = self._state.holder or (attempt.transaction if attempt is not None else None)
         if transaction is None:
             return None
+        _say(transaction, "awaited", "has key %r, for which another attempt waits", self._key)
         pause = POLL_SECONDS_FIRST
         while True:
             reading = await self._engine.log.read(transaction)
@@ -110,6 +117,8 @@ class _Former:
             if record is not None and not record.unresolved:
                 return transaction
             if record is None and await self._is_over():
+                message = "its time under key %r is over, or its owner dead: abort is proposed"
+                _say(transaction, "superseded", message, self._key)
                 answer = await self._engine.log.propose(Proposal(transaction, ABORT))
                 if isinstance(answer, BelowHorizon):
                     return transaction
@@ -136,6 +145,10 @@ class _Former:
                 retryable=True,
             )
         await asyncio.sleep(min(pause, left))
+
+
+def _say(transaction: TransactionId, what: str, message: str, key: str) -> None:
+    say(logger, logging.DEBUG, transaction, what, message, key, key=key)
 
 
 def _seconds_left(attempt: Attempt | None) -> float:

@@ -52,7 +52,7 @@ def id_time_ms(transaction: TransactionId) -> int:
     return int(transaction[:8] + transaction[9:13], 16)
 
 
-class Xid(msgspec.Struct, frozen=True):
+class Xid(msgspec.Struct, frozen=True, gc=False):
     """Names a branch everywhere: whose log decides, which member prepares, which transaction.
 
     As text it is a PostgreSQL gid: at most 199 bytes, no quotes, no wildcard of LIKE.
@@ -81,7 +81,7 @@ class Xid(msgspec.Struct, frozen=True):
         return cls(LogId(log), MemberId(member), TransactionId(transaction), BranchId(branch))
 
 
-class Branch(msgspec.Struct, frozen=True):
+class Branch(msgspec.Struct, frozen=True, gc=False):
     """One participant's part of a transaction, with what a stranger needs to end it.
 
     `token` is written by the participant with its vote and is opaque to everybody else.
@@ -102,7 +102,7 @@ class VoteKind(StrEnum):
     ABORTED = "aborted"
 
 
-class Vote(msgspec.Struct, frozen=True):
+class Vote(msgspec.Struct, frozen=True, gc=False):
     """A participant's answer to prepare.
 
     `PREPARED` is a promise that survives a crash of the participant. `READ_ONLY` says that nothing
@@ -124,7 +124,7 @@ class Verdict(StrEnum):
     DELEGATED = "delegated"
 
 
-class Decision(msgspec.Struct, frozen=True):
+class Decision(msgspec.Struct, frozen=True, gc=False):
     """What is proposed to the log, and what stands there.
 
     A commit covers exactly the branches it names. A delegated decision leaves the answer to the
@@ -145,7 +145,7 @@ class Decision(msgspec.Struct, frozen=True):
 ABORT = Decision(Verdict.ABORT)
 
 
-class Claim(msgspec.Struct, frozen=True, order=True):
+class Claim(msgspec.Struct, frozen=True, order=True, gc=False):
     """A second write-once key, taken in the same log transaction as a decision.
 
     `space` says what kind of key it is (an idempotency key, a saga's step), `key` which one.
@@ -162,7 +162,7 @@ class EndingKind(StrEnum):
     HEURISTIC_HAZARD = "heuristic hazard"
 
 
-class Ending(msgspec.Struct, frozen=True):
+class Ending(msgspec.Struct, frozen=True, gc=False):
     """How a branch ended; anything but `FINISHED` disagrees with the decision, or may."""
 
     kind: EndingKind = EndingKind.FINISHED

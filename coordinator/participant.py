@@ -1,8 +1,11 @@
 """PORT: what a resource does to take part in a transaction.
 
 `Participant` is the whole of what recovery needs; what the normal path needs besides stands in the
-small protocols `OnePhase` and `LastResource`, and what `syncpoint check` asks in `Checkable`.
+small protocols `OnePhase` and `LastResource`, what `syncpoint check` asks in `Checkable`, and what
+`syncpoint show` asks in `ShowsWaiters`.
 Nobody has to inherit from them. Implementations run `participants.conformance` against themselves.
+
+`Prompt` is for speed alone.
 
 Who calls what: the engine calls `prepare` at most once for a branch, then `commit` or `rollback`,
 which both may be repeated, by several processes at once, and long after the branch has ended.
@@ -13,12 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from enum import StrEnum
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import msgspec
 
 from coordinator.config import Settings
-from coordinator.model import Branch, Ending, LogId, MemberId, Verdict, Vote, Xid
+from coordinator.model import Branch, BranchId, Ending, LogId, MemberId, Verdict, Vote, Xid
 
 
 class Binding(msgspec.Struct, frozen=True):
@@ -100,6 +103,53 @@ class LastResource(Protocol):
 
         Repeatable by anyone; once it has answered, every later answer is the same.
         """
+
+
+class Waiter(msgspec.Struct, frozen=True):
+    """A session that cannot go on before a prepared branch has ended.
+
+    `session` is what the resource calls it, for PostgreSQL the process id. `seconds` is how long it
+    has waited, None where the resource does not say. `behind` is the session before it in the
+    queue, None for one that waits for the branch itself. `query` is what it runs, shortened; empty
+    where it may not be seen, and then `note` says why.
+    """
+
+    branch: BranchId
+    session: int
+    seconds: float | None
+    query: str
+    behind: int | None = None
+    note: str = ""
+
+
+@runtime_checkable
+class ShowsWaiters(Protocol):
+    """A participant that can tell which sessions its prepared branches hold up."""
+
+    async def waiting(self, branches: Collection[Branch]) -> Sequence[Waiter]:
+        """Who waits for these branches, directly or behind another, the longest wait first.
+
+        A session that several branches hold up is named for each. Raises when it cannot be told.
+        """
+
+
+Send = Callable[[Callable[[Any], None]], None]
+"""Sends one request, and calls what it is given once with the answer, on the loop and later."""
+
+
+@runtime_checkable
+class Prompt(Protocol):
+    """A participant that can send a request without a task of its own, when all is well.
+
+    None means that it cannot just now, and the ordinary method is called instead. Otherwise the
+    request leaves when the returned function is called, which the caller does at once.
+    """
+
+    def prepare_at_once(self, xid: Xid) -> Send | None:
+        """As `prepare`; the answer is a `Vote`, or the exception that `prepare` would raise."""
+
+    def commit_at_once(self, branch: Branch) -> Send | None:
+        """As `commit` of a prepared branch; the answer is `FINISHED`, or None to call `commit`."""
 
 
 class Level(StrEnum):

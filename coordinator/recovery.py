@@ -10,14 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
+from typing import Any
 
 import msgspec
 
 from coordinator.driver import Driver
 from coordinator.engine import Engine, now_ms
 from coordinator.errors import LogUnavailable
-from coordinator.log.base import PAGE, Incident, Record, Unreadable, every_record
+from coordinator.log.base import (
+    PAGE,
+    Incident,
+    Log,
+    Record,
+    RecordUnreadable,
+    Unreadable,
+    every_record,
+)
+from coordinator.logs import note, say, say_of
 from coordinator.members.base import Beat
 from coordinator.model import Branch, MemberId, Outcome, TransactionId
 from coordinator.participant import Participant
@@ -28,6 +38,8 @@ logger = logging.getLogger("syncpoint.recovery")
 
 DRIVEN_AT_ONCE = 16
 HOUSEKEEPING_SECONDS = 5.0
+FORGOTTEN_PAGES_MOST = 20
+"""How much is forgotten at a time: 4,000 transactions a second, in one process."""
 
 
 class Round(msgspec.Struct):
@@ -40,8 +52,8 @@ class Round(msgspec.Struct):
     cases: list[Case] = msgspec.field(default_factory=list)
     """What this round drove, or with `dry_run` would have driven, oldest first."""
     quarantined: int = 0
-    incidents: int = 0
-    """Branches that need a person, from this round and before."""
+    incidents: list[Incident] = msgspec.field(default_factory=list)
+    """The branches that need a person, from this round and before, oldest first."""
     unreachable: dict[str, str] = msgspec.field(default_factory=dict)
     """Participants that could not list their branches, and why."""
     unreadable: dict[TransactionId, str] = msgspec.field(default_factory=dict)
@@ -65,6 +77,7 @@ class Recovery:
         self._watch = Watch(engine.settings.timeout_max)
         self._kept_house = float("-inf")
         self._complained: dict[str, str] = {}
+        self._sighted: set[TransactionId] = set()
 
     async def run(self) -> None:
         """Sweep for ever. A round that fails is logged, and the next one tries again."""
@@ -73,8 +86,9 @@ class Recovery:
                 await self.round()
             except LogUnavailable as error:
                 self._complain("the log", str(error))
-            except Exception:
-                logger.exception("a round of the sweep failed")
+            except Exception as error:
+                message = "a round of the sweep failed"
+                note(logger, logging.ERROR, "sweep-failed", message, exc_info=error)
             await asyncio.sleep(self._engine.settings.sweep_interval)
 
     async def round(
@@ -116,10 +130,19 @@ class Recovery:
         report.in_doubt = set(in_sight)
         report.in_doubt |= {t for t, r in records.items() if not r.finished and t not in parked}
         report.cases = cases
+        if logger.isEnabledFor(logging.DEBUG):
+            self._tell_sights(seen, records, report.in_doubt)
+            if not dry_run:
+                _tell_driven(cases, alive)
         if not dry_run:
             await self._drive(cases, report, progress)
-            await self._keep_house(alive, found, records, scan_began_ms)
-        report.incidents = len(await engine.log.incidents())
+            # The horizon passes what cannot be read: its record stands below it as well.
+            readable = {
+                name: [each for each in branches if each.xid.transaction not in report.unreadable]
+                for name, branches in found.items()
+            }
+            await self._keep_house(alive, readable, records, scan_began_ms)
+        report.incidents = list(await engine.log.incidents())
         return report
 
     # Observing.
@@ -128,7 +151,7 @@ class Recovery:
         found, failures = await scan_participants(self._engine)
         report.unreachable.update(failures)
         for name, why in failures.items():
-            self._complain(name, f"cannot list its branches: {why}")
+            self._complain(name, f"cannot list its branches: {why}", participant=name)
         for name in found:
             self._complained.pop(name, None)
         return found
@@ -140,20 +163,46 @@ class Recovery:
         log = self._engine.log
         records: dict[TransactionId, Record] = {}
         async for record in every_record(log):
-            if isinstance(record, Unreadable):
-                report.unreadable[record.transaction] = record.why
-                self._complain(record.transaction, f"its record cannot be read: {record.why}")
-            else:
-                records[record.transaction] = record
+            self._sort(record, records, report)
         for transaction in {branch.xid.transaction for branch in seen}:
             if transaction in records or transaction in report.unreadable:
                 continue
             if transaction in self._engine.drivers:
                 continue
-            reading = await log.read(transaction)
-            if reading.record is not None:
-                records[transaction] = reading.record
+            found = await read_one(log, transaction)
+            if found is not None:
+                self._sort(found, records, report)
         return records
+
+    def _sort(
+        self, found: Record | Unreadable, records: dict[TransactionId, Record], report: Round
+    ) -> None:
+        if isinstance(found, Unreadable):
+            report.unreadable[found.transaction] = found.why
+            self._complain_of(found.transaction, f"its record cannot be read: {found.why}")
+        else:
+            records[found.transaction] = found
+
+    def _tell_sights(
+        self,
+        seen: Iterable[Branch],
+        records: Mapping[TransactionId, Record],
+        in_doubt: Set[TransactionId],
+    ) -> None:
+        """Tell what is not driven here and was not seen by the round before."""
+        prepared: dict[TransactionId, list[str]] = {}
+        for branch in seen:
+            prepared.setdefault(branch.xid.transaction, []).append(branch.participant)
+        elsewhere = in_doubt - self._engine.drivers.keys()
+        for transaction in sorted(elsewhere - self._sighted):
+            names = sorted(prepared.get(transaction, ()))
+            record = records.get(transaction)
+            verdict = None if record is None else record.answer or record.decision.verdict
+            message = "seen, prepared in %s; in the log stands: %s"
+            fields: dict[str, Any] = {"participants": names, "verdict": verdict}
+            shown = (", ".join(names) or "nothing that answers", verdict or "nothing")
+            say(logger, logging.DEBUG, transaction, "seen", message, *shown, **fields)
+        self._sighted = elsewhere
 
     # Acting.
 
@@ -173,7 +222,7 @@ class Recovery:
                     await self._drive_one(case, report)
                 except Exception as error:
                     # One transaction that cannot be driven must not stop the others.
-                    self._complain(case.transaction, f"cannot be driven: {error}")
+                    self._complain_of(case.transaction, f"cannot be driven: {error}")
             done += 1
             if progress is not None:
                 progress(done, len(cases))
@@ -191,9 +240,11 @@ class Recovery:
             committed = driver.core.outcome is Outcome.COMMITTED
             report.committed += committed
             report.aborted += not committed
-            logger.info("recovered transaction %s: %s", case.transaction, driver.core.outcome)
+            outcome = driver.core.outcome
+            about = logger, logging.INFO, case.transaction
+            say(*about, "recovered", "recovered: %s", outcome, outcome=outcome)
         else:
-            self._complain(case.transaction, _why_left(driver))
+            self._complain_of(case.transaction, f"not ended yet: {_why_left(driver)}")
 
     async def _quarantine(self, case: Case, report: Round) -> None:
         """The log has forgotten the id: look again, and show what is still there to a person."""
@@ -213,7 +264,9 @@ class Recovery:
                 now_ms(),
             )
             await self._engine.log.report(incident)
-            logger.error("quarantined branch %s of %s", branch.xid, branch.participant)
+            about = logger, logging.ERROR, branch.participant, branch.xid
+            message = "quarantined: prepared in %s, but the log has forgotten it"
+            say_of(*about, "quarantined", message)
             report.quarantined += 1
         report.in_doubt.discard(case.transaction)
 
@@ -250,15 +303,31 @@ class Recovery:
             newest_seen=newest,
             resources=await log.resources(),
         )
-        engine.horizon = await log.raise_horizon(candidate)
+        before, engine.horizon = engine.horizon, await log.raise_horizon(candidate)
+        if engine.horizon != before:
+            message = "the horizon has risen to %s"
+            fields = {"horizon": engine.horizon}
+            note(logger, logging.DEBUG, "horizon", message, engine.horizon, **fields)
         claims_before_ms = scan_began_ms - int(settings.key_retention * 1000)
-        await log.forget(PAGE, claims_before_ms=claims_before_ms)
+        forgotten = 0
+        for _ in range(FORGOTTEN_PAGES_MOST):  # in steps, since others wait for the log meanwhile
+            count = await log.forget(PAGE, claims_before_ms=claims_before_ms)
+            forgotten += count
+            if count < PAGE:
+                break
+        if forgotten:
+            message = "%d finished records were forgotten"
+            note(logger, logging.DEBUG, "forgotten", message, forgotten, count=forgotten)
 
-    def _complain(self, about: str, why: str) -> None:
+    def _complain(self, about: str, why: str, **fields: Any) -> None:
         """Warn once for each new reason, so that a long outage does not fill the disk."""
         if self._complained.get(about) != why:
             self._complained[about] = why
-            logger.warning("%s: %s", about, why)
+            fields["reason"] = why
+            note(logger, logging.WARNING, "complaint", "%s: %s", about, why, **fields)
+
+    def _complain_of(self, transaction: TransactionId, why: str) -> None:
+        self._complain(f"transaction {transaction}", why, transaction=transaction)
 
 
 async def scan_participants(engine: Engine) -> tuple[dict[str, list[Branch]], dict[str, str]]:
@@ -277,6 +346,14 @@ async def scan_participants(engine: Engine) -> tuple[dict[str, list[Branch]], di
     return found, failures
 
 
+async def read_one(log: Log, transaction: TransactionId) -> Record | Unreadable | None:
+    """What stands under an id. Raises `LogUnavailable` when the log does not answer at all."""
+    try:
+        return (await log.read(transaction)).record
+    except RecordUnreadable as error:
+        return Unreadable(transaction, str(error))
+
+
 async def _scan(engine: Engine, participant: Participant) -> list[Branch]:
     async with asyncio.timeout(engine.settings.scan_timeout):
         return list(await participant.recover())
@@ -286,6 +363,24 @@ def _is_parked(record: Record, incidents: set[str]) -> bool:
     """All that is left of it waits for a person."""
     left = [b for b in record.decision.branches if b.id not in record.ended]
     return bool(left) and all(str(branch.xid) in incidents for branch in left)
+
+
+def _tell_driven(cases: Iterable[Case], alive: Mapping[MemberId, Beat]) -> None:
+    for case in cases:
+        why = _why_due(case, alive)
+        about = logger, logging.DEBUG, case.transaction
+        say(*about, "driven", "is driven to its end: %s", why, reason=why)
+
+
+def _why_due(case: Case, alive: Mapping[MemberId, Beat]) -> str:
+    """In words, what `coordinator.sweep` has judged."""
+    named = () if case.record is None else case.record.decision.named
+    owners = {branch.xid.member for branch in case.branches or named}
+    if not owners & alive.keys():
+        return "its owner is dead"
+    if case.record is not None:
+        return "its record stands, and not everything has ended"
+    return "its owner lives, and works on it no more or has used up its time"
 
 
 def _why_left(driver: Driver) -> str:

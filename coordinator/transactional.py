@@ -11,6 +11,7 @@ import asyncio
 import os
 import secrets
 from collections.abc import Coroutine
+from logging import DEBUG, INFO
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from coordinator.bridge import run_on
@@ -24,6 +25,7 @@ from coordinator.errors import (
 from coordinator.events import AbortRequested, CommitRequested, Enlisted, Published
 from coordinator.gate import Token
 from coordinator.hooks import AfterEnd, BeforeCommit, Hooks
+from coordinator.logs import kind_of
 from coordinator.model import Branch, BranchId, LogId, Outcome, TransactionId, Xid
 from coordinator.protocol import Phase
 
@@ -60,6 +62,8 @@ class GlobalTransaction:
         """Its place among those that may work in databases; see `coordinator.gate`."""
         self.expired = False
         """Its deadline passed before the body returned."""
+        self.is_left = False
+        """Its body has returned: what still runs in it is a stray."""
         self._engine = engine
         self._driver = driver
         self._doom: TransactionAborted | None = None
@@ -80,6 +84,11 @@ class GlobalTransaction:
                 self.run(self._publish())
             else:
                 self._post_published()
+        return self._driver.core.id
+
+    @property
+    def id_in_logs(self) -> TransactionId:
+        """The id for records of logs alone: it is not made public by reading it here."""
         return self._driver.core.id
 
     async def _publish(self) -> None:
@@ -159,8 +168,9 @@ class GlobalTransaction:
     def after_end(self, call: AfterEnd) -> None:
         """Have `call` run with the outcome once the caller is to be told, where the body ran.
 
-        What it raises is logged and changes nothing.
+        The class and place of what it raises are logged, and it changes nothing.
         """
+        self.hooks.transaction = self._driver.core.id
         self.hooks.after_end.append(call)
 
     def attach(self, attachment: bytes) -> None:
@@ -201,7 +211,9 @@ class GlobalTransaction:
         try:
             token = await self._engine.gate.enter(name, self.waits_end)
         except TimeoutError as error:
-            raise TransactionAborted(str(error), transaction_id=name, retryable=True) from error
+            reason = str(error)
+            self._driver.story.say(DEBUG, "not-admitted", "%s", reason, reason=reason)
+            raise TransactionAborted(reason, transaction_id=name, retryable=True) from error
         if self.is_over:
             token.leave()
             raise TransactionError(f"transaction {name} is over: nothing can take part in it")
@@ -261,13 +273,14 @@ class GlobalTransaction:
     def _expire(self) -> None:
         if self._driver.core.phase is Phase.ACTIVE:
             self.expired = True
-            self._driver.post(AbortRequested(self._deadline_passed(), retryable=True))
+            self._abort(INFO, self._deadline_passed(), retryable=True)
 
     async def conclude(self, error: BaseException | None) -> None:
         """Commit, or roll back for what the body raised; returns if nothing else is to be raised.
 
         Raises how the commit ended unless it is done, and the deadline's `TransactionAborted`.
         """
+        self.is_left = True
         if self._alarm is not None:
             self._alarm.cancel()
         if self.token is not None:
@@ -275,15 +288,22 @@ class GlobalTransaction:
         try:
             if self.expired:
                 reason = self._deadline_passed()
-                await self.roll_back(reason)
+                await self._roll_back(reason)
                 core = self._driver.core
                 raise TransactionAborted(reason, transaction_id=core.id, retryable=True) from error
             if error is None:
                 await self.commit()
-                return
-            await self.roll_back(f"{type(error).__name__}: {error}")
-            if isinstance(error, asyncio.CancelledError):
-                self.note_outcome(error)
+            else:
+                reason = f"{type(error).__name__}: {error}"
+                await self._roll_back(reason, error)
+                if isinstance(error, asyncio.CancelledError):
+                    self.note_outcome(error)
+        except BaseException as raised:
+            self._driver.story.told(raised)
+            raise
+        else:
+            if self._driver.full_story is not None:
+                self._driver.full_story.told(error)
         finally:
             if self.token is not None:
                 self.token.idle()
@@ -293,7 +313,7 @@ class GlobalTransaction:
     async def commit(self) -> None:
         """Commit and return, or raise how it ended otherwise; see `coordinator.errors`."""
         if self._doom is not None:
-            await self.roll_back(str(self._doom))
+            await self._roll_back(str(self._doom), self._doom)
             raise self._doom
         try:
             if self._driver.core.phase is Phase.ACTIVE:
@@ -304,9 +324,18 @@ class GlobalTransaction:
             raise
         self._raise_unless_committed()
 
-    async def roll_back(self, reason: str) -> None:
+    def _abort(self, level: int, reason: str, *, retryable: bool = False) -> None:
+        self._driver.story.abort_requested(level, reason)
+        self._driver.post(AbortRequested(reason, retryable))
+
+    async def _roll_back(self, reason: str, raised: BaseException | None = None) -> None:
         """Roll back, waiting a little for the branches; never raises for what they answer."""
         driver = self._driver
+        if raised is None:  # only the deadline
+            driver.story.abort_requested(INFO, reason)
+        elif driver.full_story is not None:
+            how = "it is doomed by" if raised is self._doom else "the body raised"
+            driver.story.abort_requested(DEBUG, f"{how} {kind_of(raised)}")
         driver.post(AbortRequested(reason))
         left = driver.deadline - asyncio.get_running_loop().time()
         await driver.until_over(min(max(left, GRACE_SECONDS), 2 * GRACE_SECONDS))
@@ -316,12 +345,12 @@ class GlobalTransaction:
         left = driver.deadline - asyncio.get_running_loop().time()
         if await driver.until_over(left) or driver.core.decided:
             return
-        driver.post(AbortRequested(self._deadline_passed(), retryable=True))
+        self._abort(INFO, self._deadline_passed(), retryable=True)
         await driver.until_decided(GRACE_SECONDS)
 
     async def _cancelled(self, cancelled: asyncio.CancelledError) -> None:
         driver = self._driver
-        driver.post(AbortRequested("the caller was cancelled"))
+        self._abort(DEBUG, "the caller was cancelled")
         try:
             await driver.until_decided(GRACE_SECONDS)
         finally:
@@ -345,9 +374,11 @@ class GlobalTransaction:
         if core.outcome is Outcome.ABORTED:
             reason = core.reason or "somebody else recorded an abort first"
             raise TransactionAborted(reason, transaction_id=core.id, retryable=core.retryable)
+        recorded = core.phase is not Phase.ONE_PHASE
+        silent = "the log" if recorded else core.branches[0].participant
         reason = core.reason or self._driver.broken
-        reason = reason or f"the log did not answer within {self.timeout:g} s"
-        raise OutcomeUnknown(reason, transaction_id=core.id)
+        reason = reason or f"{silent} did not answer the commit within {self.timeout:g} s"
+        raise OutcomeUnknown(reason, transaction_id=core.id, recorded=recorded)
 
 
 def doomed_by(error: BaseException, transaction: GlobalTransaction) -> TransactionAborted:

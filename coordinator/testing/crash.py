@@ -126,9 +126,9 @@ class Crash:
         engine = self._coordinator._engine
         if engine is None or self.happened:
             return
-        doomed = self._tasks(engine)
-        if asyncio.current_task() not in doomed:
+        if failpoint.owner not in (engine, *engine.drivers.values()):
             return  # another coordinator of this process
+        doomed = self._tasks(engine)
         self._reached[point] += 1
         if point == self._point and self._reached[point] == self._occurrence:
             _stop_dead(engine)

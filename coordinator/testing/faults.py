@@ -142,13 +142,19 @@ def _error(target: Participant | Coordinator, message: str) -> Exception:
 
 
 @contextmanager
-def _in_front(subject: object, methods: Mapping[str, Method]) -> Iterator[None]:
+def _in_front(subject: object, methods: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
     try:
         own = vars(subject)
     except TypeError as error:
         raise ConfigurationError(
             f"{subject!r} has __slots__ and can have no switches: give it a __dict__ in tests"
         ) from error
+    # What is sent without a task goes by other methods, which then cannot.
+    by_task = {f"{name}_at_once": _cannot for name in methods}
+    methods = {
+        **methods,
+        **{name: cannot for name, cannot in by_task.items() if hasattr(subject, name)},
+    }
     before = {name: own[name] for name in methods if name in own}
     own.update(methods)
     try:
@@ -157,6 +163,10 @@ def _in_front(subject: object, methods: Mapping[str, Method]) -> Iterator[None]:
         for name in methods:
             del own[name]
         own.update(before)
+
+
+def _cannot(*_: object) -> None:
+    """None: just now nothing can be sent at once."""
 
 
 def _require_struck(fault: Fault) -> None:

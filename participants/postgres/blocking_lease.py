@@ -48,7 +48,9 @@ class BlockingLease(Leased[Row], Connection[Row]):
         """Run one exchange with the server; everything psycopg does comes through here."""
         self._enter(gen)
         try:
-            return waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=timeout)
+            result = waiting.wait(gen, self.pgconn.socket, interval=interval, timeout=timeout)
+            self._note_what_was_answered()
+            return result
         except psycopg.Error as error:
             self._failed(error)
             raise
@@ -74,7 +76,7 @@ class BlockingLease(Leased[Row], Connection[Row]):
     def cursor(self, *args: Any, **options: Any) -> Any:
         """As psycopg's; refused as any other use is."""
         self._refuse_if_over()
-        return super().cursor(*args, **options)
+        return self._watch(super().cursor(*args, **options))
 
     def __enter__(self) -> BlockingLease[Row]:
         return self

@@ -6,21 +6,22 @@ connections are answers here, read by `replies`. This is the border where psycop
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import psycopg
-from psycopg import AsyncConnection, BaseConnection, generators, waiting
+from psycopg import AsyncConnection, BaseConnection, generators
 from psycopg.pq import ConnStatus, DiagnosticField, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 from coordinator.errors import one_line
 from participants.postgres import psycopg_private, statements
+from participants.postgres.channel import Channel
 from participants.postgres.replies import DatabaseUnavailable, Reply, is_replication_warning
 from participants.postgres.statements import Greeting
 
 ANSWER_SECONDS_MAX = 15.0
-_WAKE_SECONDS = 1.0
 _FAILED = (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE)
 
 Configure = Callable[[AsyncConnection[Any]], Awaitable[None]]
@@ -29,12 +30,21 @@ Configure = Callable[[AsyncConnection[Any]], Awaitable[None]]
 class ServerConnection:
     """An autocommit session. `raw` is the psycopg object that it was opened with."""
 
-    __slots__ = ("_interrupted", "closes_itself", "found_dead", "greeting", "pgconn", "raw")
+    __slots__ = (
+        "_interrupted",
+        "channel",
+        "closes_itself",
+        "found_dead",
+        "greeting",
+        "pgconn",
+        "raw",
+    )
 
-    def __init__(self, raw: BaseConnection[Any], greeting: Greeting) -> None:
+    def __init__(self, raw: BaseConnection[Any], greeting: Greeting, channel: Channel) -> None:
         self.raw = raw
         self.pgconn: PGconn = raw.pgconn
         self.greeting = greeting
+        self.channel = channel
         self.found_dead = False
         self.closes_itself = False
         """Given up while somebody waits on it, who closes it when he is awake."""
@@ -60,32 +70,51 @@ class ServerConnection:
     @classmethod
     async def over(cls, raw: BaseConnection[Any]) -> ServerConnection:
         """Take over a new connection that is in autocommit mode; it is closed if this fails."""
+        channel = Channel(raw.pgconn)
         try:
-            greeting = await greet(raw.pgconn)
-            if greeting.process_id != raw.pgconn.backend_pid:
-                # A pooler such as pgbouncer sits between: the session changes under us at every
-                # transaction, and with it the statements prepared in it.
-                raw.prepare_threshold = None
+            greeting = await greet(channel)
             if greeting.synchronous_commit not in statements.REPLICATED:
-                await _ask_now(raw.pgconn, statements.REPLICATE_SESSION)
+                await _ask_now(channel, statements.REPLICATE_SESSION)
         except BaseException:
+            channel.detach()
             raw.pgconn.finish()
             raise
-        return cls(raw, greeting)
+        channel.detach()  # the user's `configure` may use it in psycopg's own way
+        session = cls(raw, greeting, channel)
+        if session.is_pooled:
+            raw.prepare_threshold = None
+        return session
 
     async def ask(self, statement: bytes, seconds: float = ANSWER_SECONDS_MAX) -> Reply:
         """Send a statement of the protocol and wait for its answer, so many seconds at most.
 
         Too late an answer, or a cancellation in the middle, costs the connection.
         """
+        answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
+
+        def answered(reply: Reply) -> None:
+            if not answer.done():
+                answer.set_result(reply)
+
+        self.send(statement, answered, seconds)
+        return await answer
+
+    def send(self, statement: bytes, answered: Callable[[Reply], None], seconds: float) -> None:
+        """The same without waiting: `answered` is called once, and later."""
         self._interrupted = True
-        try:
-            reply = await _ask(self.pgconn, statement, seconds)
-        except psycopg_private.WaitTimeout:
-            return Reply(message=f"no answer within {seconds:.3g} s", connected=False)
-        self._interrupted = False
-        self.found_dead = not reply.connected
-        return reply
+
+        def done(reply: Reply, in_time: bool) -> None:
+            self._interrupted = not in_time
+            self.found_dead = in_time and not reply.connected
+            answered(reply)
+
+        _send(self.channel, statement, done, seconds)
+
+    @property
+    def is_pooled(self) -> bool:
+        """A pooler such as pgbouncer sits between: the session of the server changes under us at
+        every transaction, and with it the statements prepared in it."""
+        return self.greeting.process_id != self.pgconn.backend_pid
 
     @property
     def is_connected(self) -> bool:
@@ -102,28 +131,44 @@ class ServerConnection:
     def close(self) -> None:
         """End the session at once; the server rolls back whatever was not prepared."""
         if not self.closes_itself:
-            self.pgconn.finish()
+            self.finish()
+
+    def finish(self) -> None:
+        """Close the socket, whoever was to do it."""
+        self.channel.detach()
+        self.pgconn.finish()
 
 
-async def greet(pgconn: PGconn) -> Greeting:
+async def greet(channel: Channel) -> Greeting:
     """Ask the server at the other end who it is; raises `DatabaseUnavailable` if it does not say.
 
     The session is outside any transaction, and stays so.
     """
-    reply = await _ask_now(pgconn, statements.GREET)
+    reply = await _ask_now(channel, statements.GREET)
     if not reply.succeeded or not reply.rows:
         raise DatabaseUnavailable(f"the server does not say who it is: {reply}")
     return Greeting.read(reply)
 
 
-async def _ask_now(pgconn: PGconn, statement: bytes) -> Reply:
-    try:
-        return await _ask(pgconn, statement, ANSWER_SECONDS_MAX)
-    except psycopg_private.WaitTimeout as error:
-        raise DatabaseUnavailable("the server accepts connections but does not answer") from error
+async def _ask_now(channel: Channel, statement: bytes) -> Reply:
+    answer: asyncio.Future[tuple[Reply, bool]] = asyncio.get_running_loop().create_future()
+
+    def done(reply: Reply, in_time: bool) -> None:
+        if not answer.done():
+            answer.set_result((reply, in_time))
+
+    _send(channel, statement, done, ANSWER_SECONDS_MAX)
+    reply, in_time = await answer
+    if not in_time:
+        raise DatabaseUnavailable("the server accepts connections but does not answer")
+    return reply
 
 
-async def _ask(pgconn: PGconn, statement: bytes, seconds: float) -> Reply:
+def _send(
+    channel: Channel, statement: bytes, done: Callable[[Reply, bool], None], seconds: float
+) -> None:
+    """Send, and have `done` called later with the answer, and whether there was one in time."""
+    pgconn = channel.pgconn
     unconfirmed = False
 
     def on_notice(notice: PGresult) -> None:
@@ -134,28 +179,39 @@ async def _ask(pgconn: PGconn, statement: bytes, seconds: float) -> Reply:
         ):
             unconfirmed = True
 
+    def ended(results: list[PGresult] | None, error: BaseException | None) -> None:
+        pgconn.notice_handler = None
+        if error is None:
+            done(_read(pgconn, results or [], unconfirmed), True)
+        elif isinstance(error, psycopg_private.WaitTimeout):
+            done(Reply(message=f"no answer within {seconds:.3g} s", connected=False), False)
+        else:
+            done(Reply(message=one_line(error), connected=False), True)
+
     pgconn.notice_handler = on_notice
     try:
         pgconn.send_query(statement)
-        results = await waiting.wait_async(
-            generators.execute(pgconn), pgconn.socket, interval=_WAKE_SECONDS, timeout=seconds
-        )
-    except psycopg_private.WaitTimeout:
-        raise
     except psycopg.Error as error:
-        return Reply(message=one_line(error), connected=False)
-    finally:
-        pgconn.notice_handler = None
+        asyncio.get_running_loop().call_soon(ended, None, error)
+        return
+    channel.send(generators.execute(pgconn), ended, seconds)
+
+
+def _read(pgconn: PGconn, results: Sequence[PGresult], unconfirmed: bool) -> Reply:
     connected = pgconn.status == ConnStatus.OK
+    rows: tuple[tuple[str | None, ...], ...] = ()
+    tag = None
     for result in results:
         if result.status in _FAILED:
             return _failure(result, connected)
+        if result.ntuples:
+            rows = rows or _rows(result)
+        tag = result.command_status
     if not results:
         return Reply(message="the server sent an empty answer", connected=False)
-    last = results[-1]
     return Reply(
-        tag=(last.command_status or b"").decode(),
-        rows=_rows(last),
+        tag=(tag or b"").decode(),
+        rows=rows,
         connected=connected,
         replication_unconfirmed=unconfirmed,
     )

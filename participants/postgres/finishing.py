@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Collection
+from functools import partial
 
 import psycopg
 
 from coordinator.errors import ConfigurationError, ProtocolError, one_line
+from coordinator.logs import retry_level, say_of
 from coordinator.model import FINISHED, Branch, Ending, EndingKind, LogId, Xid
+from coordinator.participant import Send
 from participants.postgres import statements
 from participants.postgres.connection import ANSWER_SECONDS_MAX, ServerConnection
 from participants.postgres.pool import Pool
@@ -27,7 +29,7 @@ from participants.postgres.replies import (
     read_fate,
     read_finish,
 )
-from participants.postgres.statements import Token
+from participants.postgres.statements import Greeting, InDoubt, Token
 
 logger = logging.getLogger("syncpoint.postgres")
 
@@ -41,13 +43,17 @@ class Finisher:
     when a person must change something first.
     """
 
-    def __init__(self, name: str, borrowed: Pool, own: Pool) -> None:
+    def __init__(self, name: str, borrowed: Pool, own: Pool, system_identifier: int) -> None:
         self._name = name
         self._borrowed = borrowed
         self._own = own
+        self._sent_to: set[ServerConnection] = set()
+        self._system_identifier = system_identifier
 
     def close(self) -> None:
         self._own.close()
+        for connection in self._sent_to:
+            connection.close()  # nobody waits for its answer any more
 
     async def commit(self, branch: Branch) -> Ending:
         """COMMIT PREPARED; a branch that is gone is looked up by its transaction number."""
@@ -61,23 +67,55 @@ class Finisher:
             if meaning is Meaning.GONE:
                 return await self._gone_after_commit(connection, branch, token)
             self._raise_unless_done(meaning, reply, branch.xid)
+        return self._committed(branch, reply)
+
+    def _committed(self, branch: Branch, reply: Reply) -> Ending:
         if not reply.replication_unconfirmed:
             return FINISHED
         # It is committed here, and the decision stands in the log. If a standby that missed it is
         # promoted, the branch comes back prepared and the sweep commits it again.
         evidence = "committed, but no synchronous standby has confirmed it"
-        logger.warning("%s: branch %s is %s", self._name, branch.xid, evidence)
+        about = (logger, logging.WARNING, self._name, branch.xid)
+        say_of(*about, "unconfirmed", "%s: %s", evidence=evidence)
         return Ending(EndingKind.FINISHED, evidence)
 
-    async def roll_back(self, branch: Branch, xid8: int | None) -> Ending:
-        """ROLLBACK PREPARED. `xid8` is known when a PREPARE was sent and its answer was lost."""
+    def commit_at_once(self, branch: Branch) -> Send | None:
+        """COMMIT PREPARED over an idle connection of the users' pool, if there is one just now.
+
+        The answer is how it ended, or None for everything that `commit` has to look into.
+        """
         token = Token.decode(branch.token)
+        if token is None or not token.xid8 or not self._borrowed.has_idle:
+            return None
+        if token.system_identifier != self._system_identifier:
+            return None
+        return partial(self._send_commit, branch)
+
+    def _send_commit(self, branch: Branch, ended: Callable[[Ending | None], None]) -> None:
+        connection = self._borrowed.acquire_idle()
+        assert connection is not None, "there was one when it was asked for, a moment ago"
+        self._sent_to.add(connection)
+
+        def answered(reply: Reply) -> None:
+            self._sent_to.remove(connection)
+            self._borrowed.release(connection)
+            done = read_finish(reply, "COMMIT PREPARED") is Meaning.DONE
+            ended(self._committed(branch, reply) if done else None)
+
+        connection.send(statements.commit_prepared(branch.xid), answered, ANSWER_SECONDS_MAX)
+
+    async def roll_back(self, branch: Branch, in_doubt: InDoubt | None) -> Ending:
+        """ROLLBACK PREPARED. `in_doubt` when a PREPARE was sent and its answer was lost."""
+        token = Token.decode(branch.token)
+        xid8 = in_doubt if isinstance(in_doubt, int) else None
         if token is not None:
             if not token.xid8:
                 return FINISHED
             xid8 = token.xid8
         async with self._connection() as connection:
             self._check_cluster(connection, token)
+            if isinstance(in_doubt, Greeting):
+                await self._end_session(connection, branch, in_doubt)
             reply = await connection.ask(statements.rollback_prepared(branch.xid))
             meaning = read_finish(reply, "ROLLBACK PREPARED")
             if meaning is Meaning.GONE:
@@ -87,14 +125,15 @@ class Finisher:
             self._raise_unless_done(meaning, reply, branch.xid)
         return FINISHED
 
-    async def learn_fate(self, token: Token) -> Fate:
+    async def learn_fate(self, token: Token, xid: Xid) -> Fate:
         """How a COMMIT whose answer was lost ended; asked until the server says it.
 
         The session that ran it may not have noticed that its client is gone, and then never would
         end: it is told to. UNKNOWN when the server has lost track, after a promotion for instance.
         """
-        pause = 0.02
+        pause, attempt = 0.02, 0
         while True:
+            attempt += 1
             try:
                 async with self._connection() as connection:
                     self._check_cluster(connection, token)
@@ -105,7 +144,9 @@ class Finisher:
                         return fate
                     await connection.ask(statements.terminate_session_of(token.xid8))
             except (DatabaseUnavailable, ConfigurationError) as error:
-                logger.warning("%s: cannot learn how a commit ended: %s", self._name, error)
+                message = "%s cannot be asked how its commit ended, attempt %d: %s"
+                fields = {"attempt": attempt, "error": str(error)}
+                say_of(logger, retry_level(attempt), self._name, xid, "retry", message, **fields)
             await asyncio.sleep(pause)
             pause = min(pause * 2, ASK_AGAIN_SECONDS_MAX)
 
@@ -176,6 +217,22 @@ class Finisher:
                 )
         return FINISHED
 
+    async def _end_session(
+        self, connection: ServerConnection, branch: Branch, session: Greeting
+    ) -> None:
+        """Only when the session that was to prepare has gone is what it left behind all there is.
+
+        Raises `DatabaseUnavailable` while it is there; the next attempt finds it gone.
+        """
+        statement = statements.terminate_process(session.process_id, session.process_began_us)
+        reply = await connection.ask(statement)
+        if not reply.succeeded:
+            raise DatabaseUnavailable(f"{self._name} was lost: {reply}")
+        if reply.rows:
+            raise DatabaseUnavailable(
+                f"{self._name}: branch {branch.xid} is not prepared yet, and not ended either"
+            )
+
     async def _fate(self, connection: ServerConnection, xid8: int) -> Fate:
         reply = await connection.ask(statements.fate(xid8))
         if not reply.connected:
@@ -203,26 +260,45 @@ class Finisher:
                 f"one that holds the branch ({token.system_identifier}): point its url there"
             )
 
-    @asynccontextmanager
-    async def _connection(self) -> AsyncIterator[ServerConnection]:
-        """A connection for one exchange."""
-        pool = self._borrowed
-        connection = pool.acquire_idle()
+    def _connection(self) -> _Lent:
+        """A connection for one exchange: an idle one of the users' pool, else one of our own."""
+        return _Lent(self._name, self._borrowed, self._own)
+
+
+class _Lent:
+    """A connection, for as long as the block lasts."""
+
+    __slots__ = ("_borrowed", "_connection", "_name", "_pool")
+
+    def __init__(self, name: str, borrowed: Pool, own: Pool) -> None:
+        self._name = name
+        self._borrowed = borrowed
+        self._pool = own
+        self._connection: ServerConnection | None = None
+
+    async def __aenter__(self) -> ServerConnection:
+        connection = self._borrowed.acquire_idle()
         if connection is None:
-            pool = self._own
-            until = asyncio.get_running_loop().time() + ANSWER_SECONDS_MAX
-            try:
-                connection = await pool.acquire(until)
-            except TimeoutError as error:
-                raise DatabaseUnavailable(f"{self._name} does not answer") from error
-            except psycopg.Error as error:
-                text = f"{self._name} cannot be reached: {one_line(error)}"
-                if is_refusal(str(error)):
-                    raise ConfigurationError(
-                        f"{text}. Mend the role, the url or pg_hba.conf; it is tried again"
-                    ) from error
-                raise DatabaseUnavailable(text) from error
+            connection = await self._acquire()
+        else:
+            self._pool = self._borrowed
+        self._connection = connection
+        return connection
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._connection is not None:
+            self._pool.release(self._connection)
+
+    async def _acquire(self) -> ServerConnection:
+        until = asyncio.get_running_loop().time() + ANSWER_SECONDS_MAX
         try:
-            yield connection
-        finally:
-            pool.release(connection)
+            return await self._pool.acquire(until)
+        except TimeoutError as error:
+            raise DatabaseUnavailable(f"{self._name} does not answer") from error
+        except psycopg.Error as error:
+            text = f"{self._name} cannot be reached: {one_line(error)}"
+            if is_refusal(str(error)):
+                raise ConfigurationError(
+                    f"{text}. Mend the role, the url or pg_hba.conf; it is tried again"
+                ) from error
+            raise DatabaseUnavailable(text) from error

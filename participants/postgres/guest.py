@@ -17,6 +17,7 @@ from psycopg.pq import PipelineStatus, TransactionStatus
 from coordinator.errors import ConfigurationError, TransactionAborted, TransactionError
 from coordinator.transactional import GlobalTransaction
 from participants.postgres.blocking_lease import BlockingLease
+from participants.postgres.channel import Channel
 from participants.postgres.connection import ServerConnection, greet
 from participants.postgres.lease import Lease
 from participants.postgres.leased import INSTEAD, Leased, refuse
@@ -47,11 +48,14 @@ class Guest:
         database of `expected`, and as `user`, or nobody could end its branch later.
         """
         self._refuse_unless_at_rest(participant)
+        channel = Channel(self.raw.pgconn)
         try:
-            found = await greet(self.raw.pgconn)
+            found = await greet(channel)
         except BaseException:
+            channel.detach()
             self.raw.pgconn.finish()  # an answer may still be on the way, which nobody must read
             raise
+        channel.detach()  # it may be refused below, and then is its user's again
         self._listen()
         there = f"{found.database!r} of the cluster {found.system_identifier}"
         here = f"{expected.database!r} of the cluster {expected.system_identifier}"
@@ -71,7 +75,7 @@ class Guest:
                 f"participant {participant!r} is {user.decode()!r}, who could not end its branch "
                 "after a crash: connect both as one role"
             )
-        return ServerConnection(self.raw, found)
+        return ServerConnection(self.raw, found, channel)
 
     def _refuse_unless_at_rest(self, participant: str) -> None:
         pgconn = self.raw.pgconn
@@ -106,6 +110,8 @@ class Guest:
         for name in (*INSTEAD, "wait"):
             with suppress(KeyError):
                 del vars(self.raw)[name]
+        if not session.closes_itself:
+            session.channel.detach()
         self._listen()
         if not session.is_clean:
             session.close()

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any, NoReturn, TypeVar
 
 import psycopg
-from psycopg import AsyncConnection, AsyncTransaction, waiting
+from psycopg import AsyncConnection, AsyncTransaction
 from psycopg.abc import PQGen
 from psycopg.pq import TransactionStatus
 from psycopg.rows import Row
@@ -35,9 +35,9 @@ class Lease(Leased[Row], AsyncConnection[Row]):
         """Run one exchange with the server; everything psycopg does comes through here."""
         self._enter(gen)
         try:
-            return await waiting.wait_async(
-                gen, self.pgconn.socket, interval=interval, timeout=timeout
-            )
+            result = await self._session.channel.run(gen, timeout)
+            self._note_what_was_answered()
+            return result
         except asyncio.CancelledError:
             await self._interrupt(gen)
             raise
@@ -63,7 +63,7 @@ class Lease(Leased[Row], AsyncConnection[Row]):
     def cursor(self, *args: Any, **options: Any) -> Any:
         """As psycopg's; refused as any other use is."""
         self._refuse_if_over()
-        return super().cursor(*args, **options)
+        return self._watch(super().cursor(*args, **options))
 
     async def __aenter__(self) -> Lease[Row]:
         return self
@@ -119,7 +119,7 @@ class Lease(Leased[Row], AsyncConnection[Row]):
         try:
             async with asyncio.timeout(min(left, CANCEL_SECONDS_MAX)):
                 await self.cancel_safe(timeout=CANCEL_SECONDS_MAX)
-                await waiting.wait_async(gen, self.pgconn.socket, interval=1.0)
+                await self._session.channel.run(gen)
         except psycopg.errors.QueryCanceled:
             self._was_cancelled()
         except (Exception, asyncio.CancelledError):

@@ -15,6 +15,7 @@ import logging
 import os
 import socket
 import threading
+import weakref
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -28,14 +29,18 @@ from psycopg.rows import Row
 
 from coordinator.errors import TransactionError
 from coordinator.gate import Token
+from coordinator.logs import kind_of, say_of
+from coordinator.model import Xid
 from participants.postgres import psycopg_private
 from participants.postgres.connection import ServerConnection
 from participants.postgres.replies import IN_FAILED_TRANSACTION, is_retryable
+from participants.postgres.statements import has_written
 
 logger = logging.getLogger("syncpoint.postgres")
 
 CANCEL_SECONDS_MAX = 5.0
 LATE = "the transaction's deadline has passed"
+NOT_CANCELLED = "the running statement on %s was not cancelled: %s"
 _background: set[asyncio.Task[None]] = set()
 
 
@@ -47,6 +52,7 @@ class Terms:
     """
 
     participant: str
+    xid: Xid
     deadline: float
     waits_end: float
     loop: asyncio.AbstractEventLoop
@@ -55,6 +61,10 @@ class Terms:
     @property
     def seconds_left(self) -> float:
         return self.deadline - self.loop.time()
+
+    def say(self, what: str, message: str, **fields: Any) -> None:
+        """Log a record about the branch, from any thread; `fields` also fill in the message."""
+        say_of(logger, logging.DEBUG, self.participant, self.xid, what, message, **fields)
 
 
 class Leased(BaseConnection[Row]):
@@ -72,6 +82,9 @@ class Leased(BaseConnection[Row]):
         self.failure_is_retryable = False
         self.condemned = ""
         """Why the branch must not commit although the server would; see `condemn`."""
+        self.has_written = False
+        """It certainly has a transaction number; False says nothing."""
+        self._latest: weakref.ref[Any] | None = None
         self._session = session
         self._process = os.getpid()
         self._guard = threading.Lock()
@@ -113,6 +126,16 @@ class Leased(BaseConnection[Row]):
         """Have the branch vote no, whatever the server would do; the first reason stands."""
         self.condemned = self.condemned or why
 
+    def _watch(self, cursor: Any) -> Any:
+        """Its answers are what tells whether the branch has written."""
+        self._latest = weakref.ref(cursor)
+        return cursor
+
+    def _note_what_was_answered(self) -> None:
+        cursor = None if self.has_written or self._latest is None else self._latest()
+        if cursor is not None and (tag := cursor.statusmessage):
+            self.has_written = has_written(tag)
+
     def end(self, why: str) -> bool:
         """From now on every use is refused; the session itself is not touched.
 
@@ -144,10 +167,11 @@ class Leased(BaseConnection[Row]):
                 with suppress(OSError, psycopg.OperationalError):
                     self._shut_down()
             else:
-                self.pgconn.finish()
+                self._session.finish()
             self._ended()
+        self.terms.say("connection-lost", "the connection to %s is closed: %s", reason=why)
         if request is not None:
-            _send_in_background(request, self.terms.loop)
+            _send_in_background(request, self.terms)
 
     def __del__(self, *_: object) -> None:
         """The session outlives its leases: there is nothing to close and nothing to warn of."""
@@ -187,7 +211,7 @@ class Leased(BaseConnection[Row]):
         with self._guard:
             self._waiting -= 1
             if self._lost and not self._waiting:
-                self.pgconn.finish()
+                self._session.finish()
 
     def _failed(self, error: psycopg.Error) -> None:
         """Note what a statement raised. Raises the refusal if the lease was ended meanwhile."""
@@ -195,6 +219,7 @@ class Leased(BaseConnection[Row]):
             raise self._refusal() from error
         if self.failure and error.sqlstate == IN_FAILED_TRANSACTION:
             return  # it only says that there was an error before
+        self.terms.say("statement-failed", "a statement on %s failed: %s", error=kind_of(error))
         self.failure = str(error)
         lost = isinstance(error, psycopg.OperationalError) and error.sqlstate is None
         self.failure_is_retryable = lost or is_retryable(error.sqlstate or "")
@@ -254,20 +279,21 @@ def _cancel_request(lease: Leased[Any]) -> PGcancelConn | None:
         request = lease.pgconn.cancel_conn()
         request.start()
     except (psycopg.Error, AttributeError) as error:
-        logger.debug("no cancel request could be made: %s", error)
+        lease.terms.say("not-cancelled", NOT_CANCELLED, error=str(error))
         return None
     return request
 
 
-def _send_in_background(request: PGcancelConn, loop: asyncio.AbstractEventLoop) -> None:
+def _send_in_background(request: PGcancelConn, terms: Terms) -> None:
     """Send it on the loop, for a few seconds at most; from any thread."""
+    loop = terms.loop
 
     async def send() -> None:
         gen: PQGenConn[None] = generators.cancel(request)
         try:
             await waiting.wait_conn_async(gen, interval=1.0, timeout=CANCEL_SECONDS_MAX)
         except psycopg.Error as error:
-            logger.debug("the running statement was not cancelled: %s", error)
+            terms.say("not-cancelled", NOT_CANCELLED, error=str(error))
 
     def begin() -> None:
         task = loop.create_task(send())

@@ -7,6 +7,7 @@ there already, and have everything else done on the loop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import threading
 from collections.abc import Awaitable, Callable
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import psycopg
 
 from coordinator.errors import ConfigurationError, TransactionAborted, TransactionError
+from coordinator.logs import say
 from coordinator.model import BranchId
 from coordinator.participant import Binding
 from coordinator.transactional import GlobalTransaction
-from participants.postgres import psycopg_private
+from participants.postgres import psycopg_private, votes
 from participants.postgres.blocking_lease import BlockingLease
 from participants.postgres.connection import ServerConnection
 from participants.postgres.finishing import Finisher
@@ -29,7 +31,7 @@ from participants.postgres.pool import Pool
 from participants.postgres.replies import DatabaseUnavailable
 from participants.postgres.slots import Slots
 from participants.postgres.sources import Source
-from participants.postgres.statements import Begin
+from participants.postgres.statements import Begin, InDoubt
 from participants.postgres.work import AnyLease, Home, Work
 
 if TYPE_CHECKING:
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
     from participants.postgres.participant import PostgreSQL
     from participants.postgres.sessions import Sessions
+
+logger = logging.getLogger("syncpoint.postgres")
 
 FINISHING_CONNECTIONS = 4
 IN_DOUBT_MAX = 10_000
@@ -78,11 +82,14 @@ class Opened:
         self.loop = asyncio.get_running_loop()
         self.process = os.getpid()
         self.by_branch: dict[BranchId, Work] = {}
-        self.in_doubt: dict[BranchId, int] = {}
+        self.in_doubt: dict[BranchId, InDoubt] = {}
         self.pool = Pool(self.connect, participant.pool_size)
         self.pool.adopt(first)
         self.finisher = Finisher(
-            participant.name, self.pool, Pool(self.connect, FINISHING_CONNECTIONS)
+            participant.name,
+            self.pool,
+            Pool(self.connect, FINISHING_CONNECTIONS),
+            first.greeting.system_identifier,
         )
         self.slots = Slots(first.greeting.max_prepared_transactions, binding.sharers)
         self._participant = participant
@@ -233,10 +240,9 @@ class Opened:
                 await open_branch(entry)
             except (psycopg.Error, DatabaseUnavailable) as error:
                 where = self._source.location
-                raise TransactionAborted(
-                    f"{self._name} cannot be reached at {where}: {where.for_people(str(error))}",
-                    retryable=True,
-                ) from error
+                reason = f"cannot be reached at {where}: {where.for_people(str(error))}"
+                self._say(transaction, "unreachable", reason)
+                raise TransactionAborted(f"{self._name} {reason}", retryable=True) from error
             finally:
                 if entry.work is None:
                     self._entries.pop(transaction, None)
@@ -261,6 +267,7 @@ class Opened:
                 raise
             terms = Terms(
                 self._name,
+                xid,
                 transaction.deadline,
                 transaction.waits_end,
                 transaction.loop,
@@ -270,19 +277,30 @@ class Opened:
             self.by_branch[xid.branch] = entry.work
             self._transactions[xid.branch] = transaction
         entry.work.home = home  # an earlier attempt to begin may have failed elsewhere
-        return await entry.work.begin(session, self._begin_statement)
+        try:
+            return await entry.work.begin(session, self._begin_statement)
+        except TransactionAborted as error:
+            votes.refused(self._name, entry.work.xid, str(error))
+            raise
 
     async def _acquire(self, transaction: GlobalTransaction) -> ServerConnection:
         nested = transaction.outer is not None
         try:
             return await self.pool.acquire(transaction.waits_end, nested=nested)
         except TimeoutError as error:
-            raise TransactionAborted(
+            reason = (
                 f"no connection to {self._name} came free before the deadline; all "
                 f"{self.pool.size} are held by {self._holders()}: make those transactions shorter, "
-                "or raise pool_size",
-                retryable=True,
-            ) from error
+                "or raise pool_size"
+            )
+            self._say(transaction, "no-connection", reason)
+            raise TransactionAborted(reason, retryable=True) from error
+
+    def _say(self, transaction: GlobalTransaction, what: str, reason: str) -> None:
+        if isinstance(transaction, GlobalTransaction):  # a trial's is none
+            fields = {"participant": self._name, "reason": reason}
+            name, message = transaction.id_in_logs, "%s: %s"
+            say(logger, logging.DEBUG, name, what, message, *fields.values(), **fields)
 
     # Ending.
 

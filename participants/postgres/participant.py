@@ -8,7 +8,7 @@ PostgreSQL's documentation of PREPARE TRANSACTION are the sources.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from coordinator.model import (
     VoteKind,
     Xid,
 )
-from coordinator.participant import Binding, Finding
+from coordinator.participant import Binding, Finding, Send, Waiter
 from participants.postgres.blocking import BlockingPostgreSQL
 from participants.postgres.checks import connect_checked
 from participants.postgres.connection import Configure
@@ -38,6 +38,7 @@ from participants.postgres.location import check_name
 from participants.postgres.opened import Opened
 from participants.postgres.sources import source_of
 from participants.postgres.statements import Begin
+from participants.postgres.waiting import who_waits
 
 if TYPE_CHECKING:
     from sqlalchemy import Engine
@@ -185,6 +186,42 @@ class PostgreSQL:
                 opened.slots.give(xid.branch)
             return vote
 
+    def prepare_at_once(self, xid: Xid) -> Send | None:
+        """See `Prompt.prepare_at_once`."""
+        opened = self._opened()
+        work = opened.by_branch.get(xid.branch)
+        send = None if work is None else work.prepare_at_once(opened.slots)
+        if work is None or send is None:
+            return None
+
+        def prepare(voted: Callable[[Vote | Exception], None]) -> None:
+            def answered(answer: Vote | Exception) -> None:
+                opened.drop(work)
+                if isinstance(answer, Vote) and answer.kind is VoteKind.ABORTED:
+                    opened.slots.give(xid.branch)
+                voted(answer)
+
+            send(answered)
+
+        return prepare
+
+    def commit_at_once(self, branch: Branch) -> Send | None:
+        """See `Prompt.commit_at_once`."""
+        opened = self._opened()
+        send = opened.finisher.commit_at_once(branch)
+        if send is None:
+            return None
+
+        def commit(ended: Callable[[Ending | None], None]) -> None:
+            def answered(ending: Ending | None) -> None:
+                if ending is not None:
+                    opened.forget(branch.id)
+                ended(ending)
+
+            send(answered)
+
+        return commit
+
     async def commit(self, branch: Branch) -> Ending:
         """See `Participant.commit`. Raises `DatabaseUnavailable` when it may be repeated soon."""
         opened = self._opened()
@@ -220,7 +257,10 @@ class PostgreSQL:
         work = opened.by_branch.get(branch.id)
         if work is not None:
             async with work.lock:
-                if opened.by_branch.get(branch.id) is work:
+                if work.in_doubt is not None:
+                    work.lose("its PREPARE was given up")
+                    opened.drop(work)
+                elif opened.by_branch.get(branch.id) is work:
                     try:
                         await work.roll_back()
                         return FINISHED
@@ -242,6 +282,10 @@ class PostgreSQL:
     async def check(self, log: LogId | None, settings: Settings) -> Sequence[Finding]:
         """See `Checkable.check`."""
         return await inspect(self._location, self._pool_size, self._begin, log, settings)
+
+    async def waiting(self, branches: Collection[Branch]) -> Sequence[Waiter]:
+        """See `ShowsWaiters.waiting`."""
+        return await who_waits(self._name, self._location, branches)
 
     def role_sql(self) -> str:
         """See `Checkable.role_sql`."""

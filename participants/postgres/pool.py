@@ -53,9 +53,14 @@ class Pool:
             self._give_slot()
             raise
 
+    @property
+    def has_idle(self) -> bool:
+        """`acquire_idle` would return one this very moment."""
+        return bool(self._idle) and not self._must_queue
+
     def acquire_idle(self) -> ServerConnection | None:
         """An idle connection if there is one this very moment; never waits, never opens."""
-        if not self._idle or self._must_queue:
+        if not self.has_idle:
             return None
         self._slots -= 1
         return self._idle.pop()

@@ -25,6 +25,7 @@ class DatabaseUnavailable(TransactionError):
 class Reply(msgspec.Struct, frozen=True):
     """The answer to one statement, or the lack of one.
 
+    `rows` are those of the first statement in it that gave any, `tag` is the last one's.
     `connected` is False when the connection was lost, before the answer or with it.
     `replication_unconfirmed`: it was done here, but no synchronous standby has confirmed it.
     """

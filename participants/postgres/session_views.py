@@ -50,8 +50,9 @@ class Proxied(PoolProxiedConnection):
         self.dbapi_connection = adapted
         self._driver = driver
         self._is_valid = True
-        # The dialect leaves here what is to be undone before another borrows the connection.
-        self._connection_record = SimpleNamespace(finalize_callback=[])
+        # The dialect leaves here what is to be undone before another borrows the connection, and
+        # looks how old it is when it finds it broken.
+        self._connection_record = SimpleNamespace(finalize_callback=[], starttime=0.0)
 
     @property
     def driver_connection(self) -> Any:  # type: ignore[override]  # as in SQLAlchemy itself

@@ -21,7 +21,9 @@ SELECT pg_is_in_recovery(),
        current_setting('synchronous_commit'),
        current_setting('max_prepared_transactions'),
        current_database(),
-       pg_backend_pid()
+       pg_backend_pid(),
+       (SELECT (extract(epoch FROM backend_start) * 1000000)::bigint
+          FROM pg_stat_get_activity(pg_backend_pid()))
 """
 
 # Whether the branch is still the one that was begun, and whether it wrote anything. A serializable
@@ -34,6 +36,14 @@ SELECT current_setting('syncpoint.branch', true),
        current_setting('synchronous_commit'),
        current_user = session_user
 """
+
+# The same for a branch that has certainly written, in one message with its PREPARE. What a role was
+# taken for, such as row security, is done with before it is laid down.
+_EXAMINE_WRITER = """
+SELECT current_setting('syncpoint.branch', true), pg_current_xact_id(),
+       CASE WHEN current_setting('synchronous_commit') NOT IN ('on', 'remote_apply')
+            THEN set_config('synchronous_commit', 'on', true) END;
+SET CONSTRAINTS ALL IMMEDIATE; """
 
 # What a role was taken for, such as row security, is done with before it is laid down.
 SETTLE = b"SET CONSTRAINTS ALL IMMEDIATE; "
@@ -55,10 +65,13 @@ class Greeting(msgspec.Struct, frozen=True):
     max_prepared_transactions: int
     database: str
     process_id: int
+    process_began_us: int
+    """In microseconds since the epoch, since another process may get the same number later; 0 where
+    the session's current role may not see it."""
 
     @classmethod
     def read(cls, reply: Reply) -> Greeting:
-        recovery, system, timeline, synchronous, slots, database, process = reply.rows[0]
+        recovery, system, timeline, synchronous, slots, database, process, began = reply.rows[0]
         return cls(
             in_recovery=recovery == "t",
             system_identifier=int(system or 0),
@@ -67,6 +80,7 @@ class Greeting(msgspec.Struct, frozen=True):
             max_prepared_transactions=int(slots or 0),
             database=database or "",
             process_id=int(process or 0),
+            process_began_us=int(began or 0),
         )
 
 
@@ -87,6 +101,16 @@ class Examination(msgspec.Struct, frozen=True):
             replicated=synchronous in REPLICATED,
             login_role=login_role == "t",
         )
+
+    @classmethod
+    def read_writer(cls, reply: Reply) -> Examination:
+        """From the answer to `examine_and_prepare`."""
+        marker, xid8, _ = reply.rows[0]
+        return cls(marker=marker or "", xid8=int(xid8 or 0), replicated=True, login_role=True)
+
+
+InDoubt = int | Greeting
+"""What may yet prepare a branch: its transaction number, or else the session that was asked to."""
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
@@ -144,6 +168,11 @@ def prepare(xid: Xid) -> bytes:
     return f"PREPARE TRANSACTION {_gid(xid)}".encode()
 
 
+def examine_and_prepare(xid: Xid, login_role: bytes) -> bytes:
+    """For a branch that has certainly written: PREPARE unless the server answers with an error."""
+    return f"{_EXAMINE_WRITER}{login_role.decode()}; PREPARE TRANSACTION {_gid(xid)}".encode()
+
+
 def commit_prepared(xid: Xid) -> bytes:
     return f"COMMIT PREPARED {_gid(xid)}".encode()
 
@@ -167,15 +196,33 @@ def terminate_session_of(xid8: int) -> bytes:
     ).encode()
 
 
+def terminate_process(process_id: int, began_us: int) -> bytes:
+    """End one session of the server; no row says that it had ended already.
+
+    One that the current role may not look at, which may be that one, is left to end by itself.
+    """
+    return (
+        "SELECT CASE WHEN backend_start IS NOT NULL THEN pg_terminate_backend(pid) END "
+        f"FROM pg_stat_activity WHERE pid = {process_id:d} AND (backend_start IS NULL "
+        f"OR (extract(epoch FROM backend_start) * 1000000)::bigint = {began_us:d})"
+    ).encode()
+
+
+def has_written(tag: str) -> bool:
+    """Whether a command with this tag has changed rows, and so has a transaction number.
+
+    False says nothing: a SELECT may call what writes.
+    """
+    return tag.startswith(("INSERT", "UPDATE", "DELETE", "MERGE")) and not tag.endswith(" 0")
+
+
 def recover(log: LogId) -> bytes:
     """All branches of a log in this database, beside whether this is a primary.
 
     `starts_with`, since `_` is a wildcard of LIKE. In recovery the view is empty whatever is
     prepared on the primary, so the two are asked in one statement.
     """
-    prefix = Xid.prefix(log)
-    if "'" in prefix or "\\" in prefix:
-        raise ProtocolError(f"{log!r} is not the id of a log")
+    prefix = _plain(Xid.prefix(log))
     return (
         "SELECT pg_is_in_recovery(), NULL UNION ALL "
         "SELECT false, gid FROM pg_prepared_xacts "
@@ -184,7 +231,14 @@ def recover(log: LogId) -> bytes:
 
 
 def _gid(xid: Xid) -> str:
-    text = str(xid)
-    if Xid.parse(text) != xid:
-        raise ProtocolError(f"{text!r} is not the name of a branch")
-    return f"'{text}'"
+    return f"'{_plain(str(xid))}'"
+
+
+def _plain(text: str) -> str:
+    """The text, which is safe between quotes; raises `ProtocolError` if it is not."""
+    if not text.translate(_HARMLESS).isalnum() or not text.isascii():
+        raise ProtocolError(f"{text!r} cannot be quoted: it is no name of ours")
+    return text
+
+
+_HARMLESS = str.maketrans("", "", ":-")

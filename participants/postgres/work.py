@@ -8,13 +8,16 @@ session goes back to its pool clean, or is closed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from psycopg.pq import TransactionStatus
 
 from coordinator.errors import ProtocolError, TransactionAborted, TransactionError
 from coordinator.model import FINISHED, Ending, EndingKind, Verdict, Vote, VoteKind, Xid
-from participants.postgres import psycopg_private, statements
+from coordinator.participant import Send
+from participants.postgres import psycopg_private, statements, votes
 from participants.postgres.blocking_lease import BlockingLease
 from participants.postgres.connection import ANSWER_SECONDS_MAX, ServerConnection
 from participants.postgres.finishing import Finisher
@@ -30,28 +33,16 @@ from participants.postgres.replies import (
     read_prepare,
 )
 from participants.postgres.slots import Slots
-from participants.postgres.statements import Examination, Greeting, Token
+from participants.postgres.statements import Examination, Greeting, InDoubt, Token
 
-RAW_COMMIT = (
-    "a COMMIT or ROLLBACK was sent as text to {name}, so that part of the work is no longer in "
-    "the transaction: leave the end to the transactional function, and use "
-    "`async with connection.transaction()` for a savepoint"
-)
 OVER = "its transaction is over"
 # A read-only branch idles until the decision, which may come after the deadline.
 IDLE_GRACE_SECONDS = 60.0
 ROLLBACK_SECONDS_MAX = 1.0
 
 
-class Refused(Exception):
-    """The branch is rolled back; `vote` is its definite no. Never leaves this package."""
-
-    def __init__(self, reason: str, *, retryable: bool = False) -> None:
-        super().__init__(reason)
-        self.vote = Vote(VoteKind.ABORTED, reason=reason, retryable=retryable)
-
-
 AnyLease = Lease[Any] | BlockingLease[Any]
+Voted = Callable[[Vote | Exception], None]
 
 
 class Home(Protocol):
@@ -78,7 +69,8 @@ class Work:
         self.lock = asyncio.Lock()
         self.lease: AnyLease | None = None
         self.is_read_only = False
-        self.in_doubt: int | None = None
+        self.in_doubt: InDoubt | None = None
+        """What may prepare the branch from here on: PREPARE was sent, and no answer has come."""
         self.home = home
         self._name = terms.participant
         self._terms = terms
@@ -86,6 +78,7 @@ class Work:
         self._session: ServerConnection | None = None
         self._begin_failed = ""
         self._ended = False
+        self._leaving: asyncio.Task[None] | None = None
 
     async def begin(self, session: ServerConnection, begin: statements.Begin) -> AnyLease:
         """Send BEGIN and lend the session; a session found dead is replaced once.
@@ -118,6 +111,8 @@ class Work:
             )
         self._refuse_if_ended()  # while it began
         self.lease = self._kind(self._session, self._terms)
+        if isinstance(self.lease, BlockingLease):
+            self._session.channel.detach()  # from here on its user waits for it, in a thread
         return self.lease
 
     def _refuse_if_ended(self) -> None:
@@ -129,20 +124,22 @@ class Work:
         """PREPARE TRANSACTION, or READ_ONLY with the branch still open.
 
         A slot is taken for it; who ends the branch gives it back. Raises `DatabaseUnavailable` when
-        the answer was lost; `in_doubt` is then the branch's xid8.
+        the answer was lost; `in_doubt` then tells what may yet prepare the branch.
         """
         try:
-            session, found = await self._examine()
-        except Refused as refused:
+            session = await self._take_sound()
+            found = await self._examine(session)
+        except votes.Refused as refused:
+            votes.refused(self._name, self.xid, refused.logged)
             return refused.vote
-        token = _token(found, session.greeting)
         if found.xid8 is None:
             self.is_read_only = True
-            return Vote(VoteKind.READ_ONLY, token)
+            return Vote(VoteKind.READ_ONLY, votes.token(0, session.greeting))
         try:
             await slots.take(self.xid.branch, self._terms.waits_end)
         except TimeoutError as error:
             await self._leave(session)
+            votes.refused(self._name, self.xid, str(error))
             return Vote(VoteKind.ABORTED, reason=f"{self._name}: {error}", retryable=True)
         except BaseException:
             await self._leave(session)
@@ -150,21 +147,80 @@ class Work:
         self.in_doubt = found.xid8
         try:
             reply = await session.ask(statements.prepare(self.xid), self._patience)
-            meaning = read_prepare(reply)
-            if meaning is Meaning.NO and not reply.replication_unconfirmed:
-                self.in_doubt = None
         finally:
             await self._leave(session)
-        if meaning is Meaning.DONE:
-            self.in_doubt = None
-            return Vote(VoteKind.PREPARED, token)
+        return self._read_vote(reply, found, session.greeting)
+
+    def prepare_at_once(self, slots: Slots) -> Send | None:
+        """The same in one exchange, for a branch that is at rest and has certainly written.
+
+        None where that is not so or no slot is free, and only the lease is over then. Whether part
+        of the work was committed by text is seen when the branch is prepared: it votes no all the
+        same, and its rollback ends what is prepared.
+        """
+        session, lease = self._session, self.lease
+        if (
+            session is None
+            or lease is None
+            or self.lock.locked()
+            or not lease.has_written
+            or lease.condemned
+            or session.is_pooled
+            or not session.greeting.process_began_us
+            or session.pgconn.transaction_status != TransactionStatus.INTRANS
+            or not lease.end(OVER)
+            or not slots.try_take(self.xid.branch)
+        ):
+            return None
+        self._ended = True
+        return partial(self._send_prepare, session)
+
+    def _send_prepare(self, session: ServerConnection, voted: Voted) -> None:
+        self.in_doubt = session.greeting
+        statement = statements.examine_and_prepare(self.xid, self.home.login_role)
+        session.send(statement, partial(self._prepared, session, voted), self._patience)
+
+    def _prepared(self, session: ServerConnection, voted: Voted, reply: Reply) -> None:
+        answer: Vote | Exception
+        try:
+            answer = self._read_vote(reply, None, session.greeting)
+        except TransactionError as error:
+            answer = error
+        if isinstance(self.in_doubt, Greeting):
+            session.close()  # the rollback will end it on the server, so nobody else may have it
+        if session.is_clean or not session.is_connected:
+            self._give_back()
+            voted(answer)
+            return
+
+        async def leave() -> None:
+            try:
+                await self._leave(session)
+            finally:
+                voted(answer)
+
+        self._leaving = asyncio.get_running_loop().create_task(leave())
+
+    def _read_vote(self, reply: Reply, found: Examination | None, greeting: Greeting) -> Vote:
+        meaning = read_prepare(reply)
         if meaning is Meaning.NO:
-            return self._no(reply)
+            if not reply.replication_unconfirmed:
+                self.in_doubt = None
+            elif found is None:
+                self.in_doubt = Examination.read_writer(reply).xid8
+            return votes.no(self._name, self.xid, reply)
         if meaning is Meaning.BUG:
             raise ProtocolError(f"{self._name} answered PREPARE of {self.xid}: {reply}")
-        raise DatabaseUnavailable(
-            f"{self._name} was lost while it prepared branch {self.xid}: {reply}"
-        )
+        if meaning is not Meaning.DONE:
+            raise DatabaseUnavailable(
+                f"{self._name} was lost while it prepared branch {self.xid}: {reply}"
+            )
+        self.in_doubt = None
+        found = found or Examination.read_writer(reply)
+        if found.marker != str(self.xid):  # the rollback of a branch that votes no ends it
+            votes.refused(self._name, self.xid, votes.RAW_COMMIT)
+            return Vote(VoteKind.ABORTED, reason=votes.raw_commit(self._name))
+        return Vote(VoteKind.PREPARED, votes.token(found.xid8 or 0, greeting))
 
     async def commit(self) -> Ending:
         """COMMIT of a read-only branch, after the decision: its notifications leave now."""
@@ -185,8 +241,10 @@ class Work:
         Raises `DatabaseUnavailable` only if the server has lost track of the transaction.
         """
         try:
-            session, found = await self._examine()
-        except Refused as refused:
+            session = await self._take_sound()
+            found = await self._examine(session)
+        except votes.Refused as refused:
+            votes.refused(self._name, self.xid, refused.logged)
             return Verdict.ABORT, refused.vote.reason, refused.vote.retryable
         try:
             reply = await session.ask(statements.COMMIT, self._patience)
@@ -197,7 +255,7 @@ class Work:
                 return Verdict.COMMIT, "", False
             case Meaning.IN_DOUBT:
                 return await self._learn(finisher, reply, found, session.greeting)
-        vote = self._no(reply)
+        vote = votes.no(self._name, self.xid, reply)
         return Verdict.ABORT, vote.reason, vote.retryable
 
     async def roll_back(self) -> None:
@@ -228,45 +286,55 @@ class Work:
             self._give_back()
             raise
 
-    async def _examine(self) -> tuple[ServerConnection, Examination]:
-        """End the lease and see whether its branch can be committed at all.
+    async def _take_sound(self) -> ServerConnection:
+        """End the lease and take its session.
 
-        Raises `Refused`, with everything rolled back. Nothing that could commit was sent yet, so
-        every failure here is definite.
+        Raises `Refused`, with everything rolled back, if its branch cannot commit.
         """
         lease = self.lease
         session = self._take()
         if session is None or lease is None:
             failure = lease.failure if lease is not None else self._begin_failed
-            raise Refused(
+            raise votes.Refused(
                 failure or f"the connection to {self._name} was lost",
                 retryable=not failure or lease is None or lease.failure_is_retryable,
             )
+        status = session.pgconn.transaction_status
+        refused = None
+        if lease.condemned:
+            refused = votes.Refused(lease.condemned, retryable=lease.failure_is_retryable)
+        elif status == TransactionStatus.INERROR:
+            refused = votes.Refused(
+                f"a statement on {self._name} failed and the error was swallowed: {lease.failure}",
+                retryable=lease.failure_is_retryable,
+            )
+        elif status == TransactionStatus.IDLE:
+            refused = votes.Refused(votes.raw_commit(self._name), votes.RAW_COMMIT)
+        if refused is not None:
+            await self._leave(session)
+            raise refused
+        return session
+
+    async def _examine(self, session: ServerConnection) -> Examination:
+        """See whether the branch can be committed at all, and make it ready.
+
+        Raises `Refused`, with everything rolled back. Nothing that could commit was sent yet, so
+        every failure here is definite.
+        """
         try:
-            status = session.pgconn.transaction_status
-            if lease.condemned:
-                raise Refused(lease.condemned, retryable=lease.failure_is_retryable)
-            if status == TransactionStatus.INERROR:
-                raise Refused(
-                    f"a statement on {self._name} failed and the error was swallowed: "
-                    f"{lease.failure}",
-                    retryable=lease.failure_is_retryable,
-                )
-            if status == TransactionStatus.IDLE:
-                raise Refused(RAW_COMMIT.format(name=self._name))
             reply = await session.ask(statements.EXAMINE, max(self._terms.seconds_left, 1.0))
             if not reply.succeeded:
-                raise Refused(
+                raise votes.Refused(
                     f"{self._name} was lost before it prepared: {reply}",
                     retryable=not reply.connected or is_retryable(reply.sqlstate),
                 )
             found = Examination.read(reply)
             if found.marker != str(self.xid):
-                raise Refused(RAW_COMMIT.format(name=self._name))
+                raise votes.Refused(votes.raw_commit(self._name), votes.RAW_COMMIT)
             if not found.login_role:
                 reply = await session.ask(statements.SETTLE + self.home.login_role, self._patience)
                 if not reply.succeeded:
-                    raise Refused(
+                    raise votes.Refused(
                         f"{self._name}: {reply}",
                         retryable=not reply.connected or is_retryable(reply.sqlstate),
                     )
@@ -276,7 +344,7 @@ class Work:
         except BaseException:
             await self._leave(session)
             raise
-        return session, found
+        return found
 
     async def _learn(
         self, finisher: Finisher, reply: Reply, found: Examination, greeting: Greeting
@@ -285,7 +353,7 @@ class Work:
         if found.xid8 is None:
             return Verdict.ABORT, f"{lost}; nothing had been written", True
         fate = await finisher.learn_fate(
-            Token(found.xid8, greeting.system_identifier, greeting.timeline)
+            Token(found.xid8, greeting.system_identifier, greeting.timeline), self.xid
         )
         if fate is Fate.COMMITTED:
             return Verdict.COMMIT, "", False
@@ -294,16 +362,6 @@ class Work:
         raise DatabaseUnavailable(
             f"{lost}, and the server no longer knows how transaction {found.xid8} ended"
         )
-
-    def _no(self, reply: Reply) -> Vote:
-        if reply.replication_unconfirmed:
-            reason = f"no synchronous standby of {self._name} confirmed the branch"
-            return Vote(VoteKind.ABORTED, reason=reason, retryable=True)
-        if reply.tag == "ROLLBACK":
-            reason = f"{self._name} had rolled the transaction back already"
-        else:
-            reason = f"{self._name}: {reply}"
-        return Vote(VoteKind.ABORTED, reason=reason, retryable=is_retryable(reply.sqlstate))
 
     def _take(self) -> ServerConnection | None:
         """End the lease and take its session; None, and closed, if it is busy, lost or gone."""
@@ -339,7 +397,3 @@ class Work:
         session, self._session = self._session, None
         if session is not None:
             self.home.release(session)
-
-
-def _token(found: Examination, greeting: Greeting) -> bytes:
-    return Token(found.xid8 or 0, greeting.system_identifier, greeting.timeline).encode()

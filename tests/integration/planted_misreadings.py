@@ -95,17 +95,17 @@ MISREADINGS = {
         "53100 disk full, connection alive: no",
     ),
     "no: only a conflict may be tried again": Misreading(
-        "participants.postgres.work.is_retryable",
+        "participants.postgres.votes.is_retryable",
         lambda sqlstate: sqlstate in ("40001", "40P01"),
         "53200 no slot left: no",
     ),
     "no: a conflict may not be tried again": Misreading(
-        "participants.postgres.work.is_retryable",
+        "participants.postgres.votes.is_retryable",
         lambda sqlstate: sqlstate != "40001" and replies.is_retryable(sqlstate),
         "40001 at PREPARE: no",
     ),
     "no: a constraint may be tried again": Misreading(
-        "participants.postgres.work.is_retryable",
+        "participants.postgres.votes.is_retryable",
         lambda sqlstate: True,
         "23xxx deferred constraint: no, with the reason",
     ),

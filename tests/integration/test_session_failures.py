@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import psycopg
 import pytest
 from sqlalchemy import event, text
-from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError
+from sqlalchemy.exc import DBAPIError, IntegrityError, InvalidRequestError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from coordinator.errors import TransactionAborted, TransactionError
@@ -223,4 +223,45 @@ async def test_a_task_that_still_uses_the_session_at_the_end_costs_the_branch(sh
                 await asyncio.sleep(0)
     with pytest.raises(TransactionError):
         await tasks[0]
+    shop.assert_nothing_is_left()
+
+
+# A connection that breaks under a session: what SQLAlchemy itself would raise.
+
+
+END_MYSELF = text("SELECT pg_terminate_backend(pg_backend_pid())")
+
+
+@pytest.mark.parametrize("savepoint", [False, True])
+async def test_a_connection_that_breaks_is_told_as_ever(shop: Shop, savepoint: bool) -> None:
+    with pytest.raises(OperationalError, match="terminating connection") as raised:
+        async with shop.coordinator.transaction():
+            session = await shop.accounts.session()
+            session.add(Author(name="ursula"))
+            await session.flush()
+            if savepoint:
+                async with session.begin_nested():
+                    await session.execute(END_MYSELF)
+            await session.execute(END_MYSELF)
+    assert raised.value.connection_invalidated
+    shop.assert_nothing_is_left()
+    async with shop.coordinator.transaction():
+        (await shop.accounts.session()).add(Author(name="octavia"))
+    assert shop.names[0] == ["octavia"]
+
+
+@pytest.mark.parametrize("savepoint", [False, True])
+async def test_a_connection_that_breaks_in_a_thread(shop: Shop, savepoint: bool) -> None:
+    def work() -> None:
+        with shop.coordinator.blocking.transaction():
+            session = shop.accounts.blocking.session()
+            session.add(Author(name="ursula"))
+            session.flush()
+            if savepoint:
+                with session.begin_nested():
+                    session.execute(END_MYSELF)
+            session.execute(END_MYSELF)
+
+    with pytest.raises(OperationalError, match="terminating connection"):
+        await asyncio.to_thread(work)
     shop.assert_nothing_is_left()

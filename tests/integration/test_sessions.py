@@ -16,6 +16,7 @@ from sqlalchemy.orm.exc import DetachedInstanceError
 from coordinator import Coordinator
 from coordinator.errors import TransactionAborted, TransactionError
 from participants.postgres import PostgreSQL
+from participants.postgres.channel import Channel
 from tests.support.orm import Author, Book, Shop, create_tables, sqlalchemy_url, titles
 from tests.support.postgres import query
 
@@ -151,11 +152,11 @@ async def test_a_session_costs_no_round_trip_of_its_own(
     shop: Shop, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     exchanges: list[None] = []
-    original = psycopg.waiting.wait_async
+    original = Channel._await
 
-    async def counted(*args: Any, **options: Any) -> Any:
+    def counted(*args: Any) -> None:
         exchanges.append(None)
-        return await original(*args, **options)
+        original(*args)
 
     async def cost(work: Callable[[], Awaitable[object]]) -> int:
         async with shop.coordinator.transaction():  # what only a first time costs
@@ -175,7 +176,7 @@ async def test_a_session_costs_no_round_trip_of_its_own(
         await shop.accounts.session()
         await (await shop.accounts.connection()).execute("UPDATE author SET name = name")
 
-    monkeypatch.setattr(psycopg.waiting, "wait_async", counted)
+    monkeypatch.setattr(Channel, "_await", counted)
     costs = [await cost(work) for work in (with_connection, with_session, with_idle_session)]
     assert costs == [costs[0]] * 3 and costs[0] > 2
 

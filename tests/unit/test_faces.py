@@ -40,6 +40,7 @@ FUNCTIONS: list[tuple[Callable[..., object], Callable[..., object]]] = [
 ]
 
 PORT = ("open", "close", "prepare", "commit", "rollback", "commit_one_phase", "recover")
+PROMPT = ("prepare_at_once", "commit_at_once")
 EXCEPTIONS: dict[tuple[type, str], str] = {
     (Coordinator, "from_config"): "makes a coordinator, which then has both faces",
     (Coordinator, "options"): "internal: checks the arguments of both faces",
@@ -56,6 +57,7 @@ EXCEPTIONS: dict[tuple[type, str], str] = {
     (PostgreSQL, "pool_size"): "a plain value, whoever asks",
     (PostgreSQL, "at_once"): "a plain value, whoever asks",
     (PostgreSQL, "check"): "for the command line, which is asynchronous",
+    (PostgreSQL, "waiting"): "for the command line, which is asynchronous",
     (PostgreSQL, "role_sql"): "needs no loop and no transaction",
     (Lease, "wait.interval"): "of psycopg, whose two faces have different defaults",
     **{
@@ -63,6 +65,7 @@ EXCEPTIONS: dict[tuple[type, str], str] = {
         for each in (Memory, PostgreSQL)
         for name in PORT
     },
+    **{(PostgreSQL, name): "the port, which the engine calls on its loop" for name in PROMPT},
 }
 
 

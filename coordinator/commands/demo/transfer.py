@@ -34,6 +34,9 @@ class SlowPostgreSQL(PostgreSQL):
         await asyncio.Event().wait()
         return await super().commit(branch)
 
+    def commit_at_once(self, branch: Branch) -> None:
+        """By `commit`, always."""
+
 
 def make_service(coordinator: Coordinator, accounts: PostgreSQL, ledger: PostgreSQL) -> Transfer:
     """The whole of what a service author writes."""
