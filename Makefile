@@ -8,7 +8,7 @@ ON_15 := $(foreach each,postgres_* blocking_* enlist* engines disturbances sessi
 	gate_on_servers,$(wildcard tests/integration/test_$(each).py))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test quick demo bench simulate check clean
+.PHONY: help setup test quick demo bench exhaustive simulate crash torture powercuts check clean
 
 help:  ## show this
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -48,8 +48,20 @@ demo: setup  ## watch a crash between two commits, and the recovery
 bench: setup  ## measure against the hand-written loop on the same servers
 	@$(BIN)/syncpoint bench
 
+exhaustive: setup  ## search every state of the real core within larger bounds
+	@$(BIN)/python -m tests.exhaustive
+
 simulate: setup  ## SEED=7 replays one simulated history, SEEDS=1000 runs that many
 	@$(BIN)/python -m tests.simulation $(if $(SEED),--seed $(SEED),--seeds $(or $(SEEDS),1000))
+
+crash: setup  ## meet every fault at every effect boundary on real servers
+	@$(BIN)/python -m tests.crash --all
+
+torture: setup  ## MINUTES=3 SEED=7: real processes and servers, killed, paused, cut off
+	@$(BIN)/python -m tests.torture --minutes $(or $(MINUTES),3) $(if $(SEED),--seed $(SEED))
+
+powercuts: setup  ## CUTS=30: the log's disk loses power; needs root and loop devices
+	@$(BIN)/python -m tests.torture.power --cuts $(or $(CUTS),30)
 
 check: setup  ## lint, format, types and layers
 	@$(BIN)/ruff check .
