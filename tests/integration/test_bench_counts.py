@@ -150,7 +150,7 @@ def _take_place_of(path: Path, log: str, created_ms: int) -> None:
     connection.close()
 
 
-@pytest.mark.parametrize(("retention", "forgotten"), [(900.0, PAGE), (86_400.0, 0)])
+@pytest.mark.parametrize(("retention", "forgotten"), [(900.0, PAGE + CHUNKS), (86_400.0, 0)])
 async def test_the_sweep_forgets_of_an_old_log_what_is_older_than_the_retention(
     retention: float, forgotten: int, tmp_path: Path
 ) -> None:

@@ -242,7 +242,7 @@ async def test_a_session_that_the_server_ends_in_the_pool_is_replaced(
         await _transfer(bank)
         assert bank.accounts._open is not None
         idle = bank.accounts._open.pool._idle
-        assert any(each.channel._is_attached for each in idle)
+        await until(lambda: any(each.channel._is_attached for each in idle))
         query(
             database,
             "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity "
