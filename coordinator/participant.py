@@ -142,14 +142,15 @@ class Prompt(Protocol):
     """A participant that can send a request without a task of its own, when all is well.
 
     None means that it cannot just now, and the ordinary method is called instead. Otherwise the
-    request leaves when the returned function is called, which the caller does at once.
+    request leaves when the returned function is called, which the caller does at once. A class that
+    overrides `prepare` or `commit` of one that is prompt must override these as well.
     """
 
     def prepare_at_once(self, xid: Xid) -> Send | None:
         """As `prepare`; the answer is a `Vote`, or the exception that `prepare` would raise."""
 
     def commit_at_once(self, branch: Branch) -> Send | None:
-        """As `commit` of a prepared branch; the answer is `FINISHED`, or None to call `commit`."""
+        """As `commit` of a prepared branch; the answer is an `Ending`, or None to call `commit`."""
 
 
 class Level(StrEnum):
