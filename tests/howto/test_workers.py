@@ -29,7 +29,7 @@ CLIENTS = 8
 CALM = 40
 """Answers between the start, or a kill, and the next kill, at most."""
 KILLS_MAX = 8
-RECOVERED = "recovered transaction"
+RECOVERED = ": recovered: "
 SWEEP_SECONDS = 3.0
 
 

@@ -145,7 +145,7 @@ async def collect(stage: Stage, observer: Observer, **counted: Any) -> None:
 
 def recovered_by_sweeps(folder: Path) -> int:
     """How many transactions the client processes ended for others, by what they logged."""
-    wanted = re.compile(rb"recovered transaction ")
+    wanted = re.compile(rb": recovered: ")
     return sum(len(wanted.findall(path.read_bytes())) for path in folder.glob("*.log"))
 
 
