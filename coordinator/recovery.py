@@ -32,7 +32,7 @@ from coordinator.members.base import Beat
 from coordinator.model import Branch, MemberId, Outcome, TransactionId
 from coordinator.participant import Participant
 from coordinator.protocol import Phase
-from coordinator.sweep import Case, Watch, clear_mark, horizon_candidate
+from coordinator.sweep import Case, Watch, clear_mark, horizon_candidate, owners_of
 
 logger = logging.getLogger("syncpoint.recovery")
 
@@ -374,9 +374,7 @@ def _tell_driven(cases: Iterable[Case], alive: Mapping[MemberId, Beat]) -> None:
 
 def _why_due(case: Case, alive: Mapping[MemberId, Beat]) -> str:
     """In words, what `coordinator.sweep` has judged."""
-    named = () if case.record is None else case.record.decision.named
-    owners = {branch.xid.member for branch in case.branches or named}
-    if not owners & alive.keys():
+    if not owners_of(case.branches, case.record) & alive.keys():
         return "its owner is dead"
     if case.record is not None:
         return "its record stands, and not everything has ended"

@@ -106,8 +106,7 @@ class Watch:
         alive: Mapping[MemberId, Beat],
     ) -> bool:
         sighting = self._sightings[transaction]
-        named = () if record is None else record.decision.named
-        owners = {branch.xid.member for branch in branches or named}
+        owners = owners_of(branches, record)
         if not owners & alive.keys():
             return True
         if sighting.rounds < 2:
@@ -131,6 +130,12 @@ class Watch:
             alive[owner].count - sighting.beats.get(owner, 0) for owner in owners & alive.keys()
         ]
         return sighting.published or min(beats) < 3
+
+
+def owners_of(branches: tuple[Branch, ...], record: Record | None) -> set[MemberId]:
+    """Who prepared the branches that were seen, or, where none was, those that the record names."""
+    named = () if record is None else record.decision.named
+    return {branch.xid.member for branch in branches or named}
 
 
 def _published_seconds_left(

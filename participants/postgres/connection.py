@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import psycopg
 from psycopg import AsyncConnection, BaseConnection, generators
@@ -20,6 +20,8 @@ from participants.postgres import psycopg_private, statements
 from participants.postgres.channel import Channel
 from participants.postgres.replies import DatabaseUnavailable, Reply, is_replication_warning
 from participants.postgres.statements import Greeting
+
+_T = TypeVar("_T")
 
 ANSWER_SECONDS_MAX = 15.0
 _FAILED = (ExecStatus.FATAL_ERROR, ExecStatus.BAD_RESPONSE)
@@ -91,12 +93,7 @@ class ServerConnection:
         Too late an answer, or a cancellation in the middle, costs the connection.
         """
         answer: asyncio.Future[Reply] = asyncio.get_running_loop().create_future()
-
-        def answered(reply: Reply) -> None:
-            if not answer.done():
-                answer.set_result(reply)
-
-        self.send(statement, answered, seconds)
+        self.send(statement, _settling(answer), seconds)
         return await answer
 
     def send(self, statement: bytes, answered: Callable[[Reply], None], seconds: float) -> None:
@@ -152,16 +149,22 @@ async def greet(channel: Channel) -> Greeting:
 
 async def _ask_now(channel: Channel, statement: bytes) -> Reply:
     answer: asyncio.Future[tuple[Reply, bool]] = asyncio.get_running_loop().create_future()
-
-    def done(reply: Reply, in_time: bool) -> None:
-        if not answer.done():
-            answer.set_result((reply, in_time))
-
-    _send(channel, statement, done, ANSWER_SECONDS_MAX)
+    settle = _settling(answer)
+    _send(channel, statement, lambda *told: settle(told), ANSWER_SECONDS_MAX)
     reply, in_time = await answer
     if not in_time:
         raise DatabaseUnavailable("the server accepts connections but does not answer")
     return reply
+
+
+def _settling(answer: asyncio.Future[_T]) -> Callable[[_T], None]:
+    """Gives it what it is called with, unless who waits for it has gone."""
+
+    def settle(value: _T) -> None:
+        if not answer.done():
+            answer.set_result(value)
+
+    return settle
 
 
 def _send(
