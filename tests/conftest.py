@@ -10,6 +10,7 @@ from tests.support.postgres import (
     second_database,
 )
 from tests.support.stage import config, stage
+from tests.support.told import records
 
 __all__ = [
     "accounts",
@@ -17,6 +18,7 @@ __all__ = [
     "database",
     "postgres_server",
     "postgres_servers",
+    "records",
     "second_database",
     "stage",
 ]

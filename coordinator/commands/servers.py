@@ -15,12 +15,19 @@ from participants.postgres.embedded import EmbeddedServer
 def two_servers(
     max_prepared_transactions: int = 64, settings: Mapping[str, str] | None = None
 ) -> Iterator[tuple[EmbeddedServer, ...]]:
-    """Start both, and stop them at the end of the block, however it ends."""
+    """Two new ones, running in the block."""
+    servers = (
+        EmbeddedServer(settings, max_prepared_transactions=max_prepared_transactions)
+        for _ in range(2)
+    )
+    with running(*servers) as started:
+        yield started
+
+
+@contextmanager
+def running(*servers: EmbeddedServer) -> Iterator[tuple[EmbeddedServer, ...]]:
+    """Start them side by side, and stop them at the end of the block, however it ends."""
     with ExitStack() as stack:
-        servers = tuple(
-            EmbeddedServer(settings, max_prepared_transactions=max_prepared_transactions)
-            for _ in range(2)
-        )
         for server in servers:
             stack.callback(server.close)
         with ThreadPoolExecutor(len(servers)) as starters:

@@ -7,7 +7,6 @@ import secrets
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,13 +14,14 @@ import msgspec
 import psycopg
 
 from coordinator import Coordinator
+from coordinator.commands.servers import running
 from coordinator.model import TransactionId, Xid
 from participants.postgres.embedded import EmbeddedServer
 from tests.crash.accounting import OPENING_BALANCE, Books
 from tests.crash.matrix import ACCOUNTS, LEDGER, PARTICIPANTS
 from tests.crash.nursery import Nursery
 from tests.support.postgres import gids, query
-from tests.support.versions import programs
+from tests.support.versions import server_of
 
 SCHEMA = """
 CREATE TABLE account (id text PRIMARY KEY, balance int NOT NULL);
@@ -48,22 +48,10 @@ def two_servers() -> Iterator[tuple[EmbeddedServer, EmbeddedServer]]:
     They do not wait for the disk: tests crash processes, and not the machine.
     """
     major = int(os.environ.get("SYNCPOINT_TEST_POSTGRESQL", "18"))
-    installed = None if major == 18 else programs(major)
-    first, second = (
-        EmbeddedServer(
-            {"fsync": "off", "max_connections": "300"},
-            max_prepared_transactions=400,
-            installed=installed,
-        )
-        for _ in range(2)
-    )
-    try:
-        with ThreadPoolExecutor(2) as threads:
-            list(threads.map(EmbeddedServer.start, (first, second)))
+    room = {"max_connections": "300"}
+    new = (server_of(major, slots=400, settings=room) for _ in range(2))
+    with running(*new) as (first, second):
         yield first, second
-    finally:
-        first.close()
-        second.close()
 
 
 class Sight(msgspec.Struct):

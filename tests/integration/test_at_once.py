@@ -217,18 +217,23 @@ async def test_without_a_free_slot_it_waits_for_one(accounts: PostgreSQL, databa
     assert_at_rest(accounts)
 
 
+async def is_asked_first_at(url: str) -> None:
+    """What is prepared there is examined first, and never goes at once."""
+    participant = PostgreSQL("accounts", url, pool_size=1)
+    await participant.open(binding())
+    try:
+        branch = await work(participant, UPDATE)
+        assert await vote_at_once(participant, branch) is None
+        assert (await participant.prepare(branch.xid)).kind is VoteKind.PREPARED
+        assert await participant.rollback(branch) == FINISHED
+    finally:
+        await participant.close()
+
+
 async def test_behind_a_pooler_never(database: str) -> None:
     """Its sessions are not ours to end: the process that we know serves others by then."""
     async with pooled(database, "session") as url:
-        participant = PostgreSQL("accounts", url, pool_size=1)
-        await participant.open(binding())
-        try:
-            branch = await work(participant, UPDATE)
-            assert await vote_at_once(participant, branch) is None
-            assert (await participant.prepare(branch.xid)).kind is VoteKind.PREPARED
-            assert await participant.rollback(branch) == FINISHED
-        finally:
-            await participant.close()
+        await is_asked_first_at(url)
     assert gids(database) == []
 
 
@@ -236,15 +241,7 @@ async def test_where_no_role_may_see_when_a_session_began_never(database: str) -
     """Nobody could tell then whether the session that was to prepare has gone."""
     with other_role(database) as url:
         query(database, "ALTER ROLE app SET role = 'tenant'")
-        participant = PostgreSQL("accounts", url, pool_size=1)
-        await participant.open(binding())
-        try:
-            branch = await work(participant, UPDATE)
-            assert await vote_at_once(participant, branch) is None
-            assert (await participant.prepare(branch.xid)).kind is VoteKind.PREPARED
-            assert await participant.rollback(branch) == FINISHED
-        finally:
-            await participant.close()
+        await is_asked_first_at(url)
 
 
 async def test_a_commit_goes_to_no_other_cluster(

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
 import pytest
 
+from coordinator.commands.servers import running
 from coordinator.participant import Participant
 from participants.conformance import binding
 from participants.postgres import PostgreSQL
@@ -37,14 +37,8 @@ def new_server() -> EmbeddedServer:
 @pytest.fixture(scope="session")
 def postgres_servers() -> Iterator[tuple[EmbeddedServer, EmbeddedServer]]:
     """Two running servers; a test that stops one starts it again."""
-    first, second = new_server(), new_server()
-    try:
-        with ThreadPoolExecutor(2) as threads:
-            list(threads.map(EmbeddedServer.start, (first, second)))
+    with running(new_server(), new_server()) as (first, second):
         yield first, second
-    finally:
-        first.close()
-        second.close()
 
 
 @pytest.fixture

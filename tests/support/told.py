@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 ID = re.compile(r"\btransaction ([0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12})")
 
 
@@ -103,3 +105,10 @@ def recording() -> Iterator[Records]:
         assert named is None or named[1] == getattr(record, "transaction", None), (
             record.getMessage()
         )
+
+
+@pytest.fixture
+def records() -> Iterator[Records]:
+    """What our loggers say during the test."""
+    with recording() as records:
+        yield records

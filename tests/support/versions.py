@@ -18,7 +18,7 @@ import shutil
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -39,13 +39,15 @@ class NoServer(Exception):
     """The programs of this version cannot be had here; says why and what to do."""
 
 
-def server_of(major: int, *, slots: int = 64) -> EmbeddedServer:
+def server_of(
+    major: int, *, slots: int = 64, settings: Mapping[str, str] | None = None
+) -> EmbeddedServer:
     """A server of this major version, not started yet: 13, 15 or 18, with `slots` to prepare in.
 
     It does not wait for the disk: tests crash processes, and not the machine.
     """
     return EmbeddedServer(
-        {"fsync": "off"},
+        {"fsync": "off", **(settings or {})},
         max_prepared_transactions=slots,
         installed=None if major == 18 else programs(major),
     )

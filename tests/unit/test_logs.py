@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,14 +14,8 @@ import pytest
 from coordinator import HeuristicOutcome, OutcomeUnknown, Status, TransactionAborted
 from coordinator.model import Branch, Ending, EndingKind
 from coordinator.testing import assert_atomic, crash_at, lose_answer, unreachable
-from tests.support.told import Records, recording
+from tests.support.told import Records
 from tests.support.witness import WitnessedShop
-
-
-@pytest.fixture
-def records() -> Iterator[Records]:
-    with recording() as records:
-        yield records
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 
 import msgspec
 import pytest
@@ -15,15 +14,9 @@ from coordinator.log.memory import MemoryLog
 from coordinator.members.base import Beat
 from coordinator.participant import Binding
 from participants.memory import Memory
-from tests.support.told import Records, recording
+from tests.support.told import Records
 from tests.support.witness import WitnessedShop
 from tests.unit.scripted import QUICK, Scripted, engine_with, until
-
-
-@pytest.fixture
-def records() -> Iterator[Records]:
-    with recording() as records:
-        yield records
 
 
 async def test_opening_and_closing(records: Records) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -13,14 +12,8 @@ from coordinator import Outcome, TransactionAborted
 from coordinator.model import Vote, Xid
 from coordinator.story import Story
 from coordinator.testing import refuse
-from tests.support.told import Records, recording
+from tests.support.told import Records
 from tests.support.witness import WitnessedShop
-
-
-@pytest.fixture
-def records() -> Iterator[Records]:
-    with recording() as records:
-        yield records
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -43,7 +42,7 @@ from coordinator.model import (
 )
 from coordinator.protocol import Phase, Transaction
 from coordinator.story import FullStory, Story
-from tests.support.told import Records, recording
+from tests.support.told import Records
 
 ID = TransactionId("0199f3c2-7a10-7cc2-98a4-6c1c2f5d8a11")
 OTHER = TransactionId("0199f3c2-7a10-7cc2-98a4-6c1c2f5d8a12")
@@ -57,12 +56,6 @@ def branch(digit: str, name: str) -> Branch:
 
 A, B = branch("a", "stock"), branch("b", "broker")
 DELEGATED = Decision(Verdict.DELEGATED, (A,), B)
-
-
-@pytest.fixture
-def records() -> Iterator[Records]:
-    with recording() as records:
-        yield records
 
 
 def tell(story: FullStory, *events: Event) -> None:

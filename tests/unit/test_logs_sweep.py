@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator
 
 import pytest
 
@@ -26,18 +25,12 @@ from coordinator.model import (
     id_floor,
 )
 from coordinator.recovery import Recovery
-from tests.support.told import Records, recording
+from tests.support.told import Records
 from tests.support.witness import WitnessedShop
 from tests.unit.scripted import Scripted, engine_with
 
 DEAD = MemberId("d" * 16)
 FIRST = BranchId("1" * 16)
-
-
-@pytest.fixture
-def records() -> Iterator[Records]:
-    with recording() as records:
-        yield records
 
 
 @pytest.fixture
