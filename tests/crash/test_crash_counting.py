@@ -5,8 +5,6 @@ Also: the matrix has every effect boundary there is.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import msgspec
 import pytest
 
@@ -81,8 +79,6 @@ FINE = Facts(
 HALF = {"accounts": ["one"], "ledger": []}
 TWICE = {"accounts": ["one", "one"], "ledger": ["one", "one"]}
 KEYED = msgspec.structs.replace(FINE.case, way=Way.KEYED)
-
-Doctored = Callable[[], Facts]
 
 
 def doctored(**changes: object) -> Facts:
